@@ -1,0 +1,1 @@
+"""Callbacks: from run documents to exposures, and from exposures to results."""

@@ -1,0 +1,233 @@
+"""The vocabulary: every Dataset that this project passes around is built and checked here.
+
+Units inside are fixed: q in 1/nm, lengths in m, times in s. Intensities keep
+the unit they come in. Standard deviations carry the field's names: `Idev`
+belongs to `I`, `Qdev` to `q` (one standard deviation of the resolution).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "BadInput",
+    "Flag",
+    "check_curve",
+    "concat_exposures",
+    "curve",
+    "estimate_idev",
+    "exposures_of",
+    "failed_exposure",
+]
+
+LONG_NAMES = {
+    "q": "scattering vector",
+    "I": "intensity",
+    "Idev": "standard deviation of the intensity",
+    "Qdev": "standard deviation of the resolution",
+    "I_smeared": "measured (smeared) intensity",
+    "Idev_smeared": "standard deviation of the measured intensity",
+    "I_resmeared": "desmeared intensity, smeared again",
+    "chi2": "mean squared residual of the re-smeared curve, in units of Idev",
+    "flags": "sum of dsnet_bluesky.data.Flag values",
+    "status": "ok or failed",
+}
+"""One line of meaning for each variable, written into `long_name`."""
+
+RESULT_VARIABLES = ("I", "Idev", "Qdev", "I_smeared", "Idev_smeared", "I_resmeared")
+"""Variables of a desmeared Dataset with dims (exposure, q)."""
+
+
+class BadInput(ValueError):
+    """Input that cannot be used; the message says what is wrong and what to do.
+
+    Whatever raises this has written nothing. A service turns it into a result
+    with `status="failed"` and the message as its reason.
+    """
+
+
+class Flag(enum.IntFlag):
+    """What a user should know about a result that is otherwise complete."""
+
+    NOT_CONVERGED = 1
+    """The iteration stopped at its limit."""
+    POOR_FIT = 2
+    """The re-smeared result misses the measurement: chi2 above 2."""
+    NOISE_ESTIMATED = 4
+    """Idev was not measured but estimated from the scatter of the curve."""
+    EXTRAPOLATED = 8
+    """The smearing reaches beyond the measured range by more than a tenth of it."""
+    OUT_OF_RANGE = 16
+    """The model was not trained for such a curve or operator."""
+
+
+def curve(
+    q: ArrayLike,
+    I: ArrayLike,
+    Idev: ArrayLike | None = None,
+    *,
+    Qdev: ArrayLike | None = None,
+    units: str = "1/cm",
+    **attrs: Any,
+) -> xr.Dataset:
+    """Build a curve, or several exposures on one q, as a Dataset.
+
+    Parameters
+    ----------
+    q
+        Scattering vector in 1/nm, shape (n,), ascending.
+    I
+        Intensity, shape (n,) or (exposure, n).
+    Idev
+        One standard deviation of `I`, same shape. Without it the noise is
+        estimated from the scatter of the points (`estimate_idev`), and the
+        attribute ``Idev_estimated`` says so.
+    Qdev
+        One standard deviation of the resolution in 1/nm, shape (n,).
+    units
+        Unit of `I` as a string that pint parses.
+    **attrs
+        Further attributes of the Dataset (``title``, ``sample`` ...).
+
+    Returns
+    -------
+    xarray.Dataset
+        Variables `I`, `Idev` (and `Qdev`) with dims ("q",) or ("exposure", "q").
+
+    Raises
+    ------
+    BadInput
+        If the curve cannot be used (see `check_curve`).
+    """
+    intensity = np.array(I, dtype=float)
+    if intensity.ndim not in (1, 2):
+        raise BadInput(f"I has {intensity.ndim} dimensions; give (q,) or (exposure, q).")
+    dims = ("q",) if intensity.ndim == 1 else ("exposure", "q")
+    q = np.array(q, dtype=float)
+    if q.ndim != 1 or intensity.shape[-1] != q.size:
+        raise BadInput(f"q has shape {q.shape} and I has shape {intensity.shape}: the last axes must agree.")
+    if Idev is None:
+        attrs["Idev_estimated"] = 1
+    idev = estimate_idev(intensity) if Idev is None else np.array(Idev, dtype=float)
+    if idev.shape != intensity.shape:
+        raise BadInput(f"Idev has shape {idev.shape} and I has shape {intensity.shape}: they must agree.")
+    dataset = xr.Dataset(
+        {"I": (dims, intensity, {"units": units, "uncertainties": "Idev"}), "Idev": (dims, idev, {"units": units})},
+        coords={"q": ("q", q, {"units": "1/nm"})},
+        attrs=attrs,
+    )
+    if Qdev is not None:
+        dataset["Qdev"] = ("q", np.broadcast_to(np.asarray(Qdev, dtype=float), q.shape).copy(), {"units": "1/nm"})
+        dataset["q"].attrs["resolutions"] = "Qdev"
+    return check_curve(describe(dataset))
+
+
+def describe(dataset: xr.Dataset) -> xr.Dataset:
+    """Write the `long_name` of every variable that the vocabulary knows, in place."""
+    for name in dataset.variables:
+        if name in LONG_NAMES:
+            dataset[name].attrs.setdefault("long_name", LONG_NAMES[str(name)])
+    return dataset
+
+
+def check_curve(dataset: xr.Dataset) -> xr.Dataset:
+    """Return `dataset` if it is a curve that can be desmeared.
+
+    Raises
+    ------
+    BadInput
+        If q is not finite, not positive or not strictly ascending, if I or Idev
+        hold NaN or infinity, if an Idev is not positive, or if there are fewer
+        than 5 points. Negative intensities are fine: some methods refuse them.
+    """
+    missing = {"q", "I", "Idev"} - set(dataset.variables)
+    if missing:
+        raise BadInput(f"The curve lacks {', '.join(sorted(missing))}; build it with dsnet_bluesky.data.curve(q, I, Idev).")
+    q = dataset["q"].values
+    if q.size < 5:
+        raise BadInput(f"The curve has {q.size} points; at least 5 are needed.")
+    if not np.isfinite(q).all() or q[0] < 0:
+        raise BadInput("q must be finite and not negative; remove the points where it is not.")
+    if not (np.diff(q) > 0).all():
+        first = int(np.argmax(np.diff(q) <= 0))
+        raise BadInput(
+            f"q is not ascending: q[{first}] = {q[first]:.6g} is followed by {q[first + 1]:.6g} 1/nm. Sort the points and merge repeated ones."
+        )
+    for name in ("I", "Idev"):
+        _check_finite(name, q, dataset[name].values)
+    if (dataset["Idev"].values <= 0).any():
+        raise BadInput("Idev must be positive at every point; leave it out to have it estimated from the scatter.")
+    return dataset
+
+
+def _check_finite(name: str, q: NDArray, values: NDArray) -> None:
+    bad = ~np.isfinite(values)
+    if bad.any():
+        where = q[np.argmax(bad.any(axis=0) if bad.ndim == 2 else bad)]
+        raise BadInput(f"{name} is not finite at {int(bad.sum())} points (first at q = {where:.4g} 1/nm); remove those points.")
+
+
+def estimate_idev(I: ArrayLike) -> NDArray:
+    """Standard deviation of the noise, from the scatter about a local parabola.
+
+    Third differences of neighbouring points cancel a smooth curve; their
+    median in a moving window gives the noise robustly against sharp features.
+
+    Parameters
+    ----------
+    I
+        Intensity, shape (..., n), n >= 5.
+
+    Returns
+    -------
+    ndarray
+        Same shape. Never below 1e-4 of the absolute intensity (a noise-free curve
+        has no scatter, and a weight must stay finite).
+    """
+    values = np.asarray(I, dtype=float)
+    if values.shape[-1] < 5:
+        raise BadInput(f"The curve has {values.shape[-1]} points; at least 5 are needed.")
+    third = np.abs(np.diff(values, n=3, axis=-1)) / np.sqrt(20.0)
+    padded = np.pad(third, [(0, 0)] * (values.ndim - 1) + [(1, 2)], mode="edge")
+    half = min(10, values.shape[-1] // 4)
+    window = np.pad(padded, [(0, 0)] * (values.ndim - 1) + [(half, half)], mode="reflect")
+    views = np.lib.stride_tricks.sliding_window_view(window, 2 * half + 1, axis=-1)
+    sigma = np.median(views, axis=-1) / 0.6745
+    floor = 1e-4 * np.abs(values)
+    return np.maximum(sigma, np.where(floor > 0, floor, np.finfo(float).tiny ** 0.5))
+
+
+def exposures_of(dataset: xr.Dataset) -> xr.Dataset:
+    """Return the Dataset with an `exposure` dimension, added where there was none."""
+    return dataset if "exposure" in dataset.dims else dataset.expand_dims("exposure")
+
+
+def failed_exposure(q: ArrayLike, units: str = "1/cm") -> xr.Dataset:
+    """Build the row of a desmeared Dataset that stands for an exposure that failed.
+
+    Parameters
+    ----------
+    q
+        The grid of the other rows, in 1/nm.
+    units
+        Unit of I of the other rows.
+    """
+    grid = np.asarray(q, dtype=float)
+    nothing = np.full((1, grid.size), np.nan)
+    variables: dict[str, Any] = {
+        name: (("exposure", "q"), nothing.copy(), {"units": "1/nm" if name == "Qdev" else units}) for name in RESULT_VARIABLES
+    }
+    variables["chi2"] = ("exposure", [np.nan])
+    variables["flags"] = ("exposure", np.zeros(1, dtype=np.int64))
+    variables["status"] = ("exposure", ["failed"])
+    return describe(xr.Dataset(variables, coords={"q": ("q", grid, {"units": "1/nm"})}))
+
+
+def concat_exposures(datasets: list[xr.Dataset]) -> xr.Dataset:
+    """Join Datasets of the same q along `exposure`."""
+    return xr.concat(datasets, dim="exposure", combine_attrs="override", data_vars="all", coords="minimal")

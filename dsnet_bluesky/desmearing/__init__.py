@@ -1,0 +1,1 @@
+"""Desmearing methods behind one call: ``desmear(curves, smearing, method=...)``."""
