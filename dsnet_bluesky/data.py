@@ -156,7 +156,8 @@ def check_curve(dataset: xr.Dataset) -> xr.Dataset:
     if not (np.diff(q) > 0).all():
         first = int(np.argmax(np.diff(q) <= 0))
         raise BadInput(
-            f"q is not ascending: q[{first}] = {q[first]:.6g} is followed by {q[first + 1]:.6g} 1/nm. Sort the points and merge repeated ones."
+            f"q is not ascending: q[{first}] = {q[first]:.6g} is followed by {q[first + 1]:.6g} 1/nm. "
+            "Sort the points and merge repeated ones."
         )
     for name in ("I", "Idev"):
         _check_finite(name, q, dataset[name].values)
