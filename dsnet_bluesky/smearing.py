@@ -374,6 +374,7 @@ class Smearing:
         distance: float,
         wavelength: float,
         mask: NDArray | None = None,
+        bins: NDArray | None = None,
         q_calc: ArrayLike | None = None,
         per_bin: int = 256,
     ) -> Smearing:
@@ -386,7 +387,7 @@ class Smearing:
         Parameters
         ----------
         q
-            Centres of the q bins in 1/nm, shape (n,). The bins' edges lie half-way.
+            Centres of the q bins in 1/nm, shape (n,).
         y, x
             Positions of the detector's pixels in m from the beam centre, in the
             plane normal to the beam; any one shape.
@@ -400,6 +401,9 @@ class Smearing:
             In nm.
         mask
             True where a pixel does not count, same shape as `y`.
+        bins
+            Index of each pixel's q bin, negative where it does not count, same shape
+            as `y`. By default the edges of the bins lie half-way between their centres.
         q_calc
             Grid of the unsmeared curve; by default `q` extended by the beam's largest radius.
         per_bin
@@ -419,9 +423,12 @@ class Smearing:
         by, bx, weight = by[keep], bx[keep], beam[keep] / beam.sum()
         reach = float(_q_of(np.hypot(by, bx).max() ** 2, distance, wavelength))
         nodes = extend(q, reach, reach) if q_calc is None else _grid(q_calc, "q_calc")
-        pixel_y, pixel_x, bins = _sample_bins(q, y, x, mask, distance, wavelength, per_bin)
-        share = (1.0 / np.bincount(bins, minlength=q.size))[bins]
-        offset = bins * nodes.size
+        bins = _bins_of(q, _q_of(y**2 + x**2, distance, wavelength)) if bins is None else np.asarray(bins)
+        if mask is not None:
+            bins = np.where(mask, -1, bins)
+        pixel_y, pixel_x, rows = _sample_bins(q, y, x, bins, per_bin)
+        share = (1.0 / np.bincount(rows, minlength=q.size))[rows]
+        offset = rows * nodes.size
         flat = np.zeros(q.size * nodes.size)
         for dy, dx, w in zip(by, bx, weight, strict=True):
             index, fraction = _locate(_q_of((pixel_y - dy) ** 2 + (pixel_x - dx) ** 2, distance, wavelength), nodes)
@@ -517,7 +524,7 @@ def _hats(points: Floats, weights: Floats, nodes: Floats) -> Floats:
     index = (index + size * np.arange(rows)[:, None]).ravel()
     right = (weights * fraction).ravel()
     left = weights.ravel() - right
-    flat: Floats = np.bincount(index, left, minlength=rows * size) + np.bincount(index + 1, right, minlength=rows * size)
+    flat: Any = np.bincount(index, left, minlength=rows * size) + np.bincount(index + 1, right, minlength=rows * size)
     return flat.reshape(rows, size)
 
 
@@ -621,15 +628,17 @@ def _q_of(radius_squared: Any, distance: float, wavelength: float) -> Any:
     return 4 * np.pi / wavelength * np.sqrt(np.maximum(0.5 * (1 - cosine), 0))
 
 
-def _sample_bins(
-    q: Floats, y: NDArray, x: NDArray, mask: NDArray | None, distance: float, wavelength: float, per_bin: int
-) -> tuple[Floats, Floats, NDArray[np.intp]]:
-    """Take up to `per_bin` unmasked pixels of each q bin, evenly in azimuth: (y, x, bin)."""
-    keep = np.isfinite(y) & np.isfinite(x) if mask is None else ~np.asarray(mask, dtype=bool)
-    y, x = np.asarray(y, dtype=float)[keep], np.asarray(x, dtype=float)[keep]
-    middle = (q[1:] + q[:-1]) / 2
-    edges = np.concatenate([[1.5 * q[0] - 0.5 * q[1]], middle, [1.5 * q[-1] - 0.5 * q[-2]]])
-    bins = np.searchsorted(edges, _q_of(x**2 + y**2, distance, wavelength), side="right") - 1
+def _bins_of(q: Floats, values: Floats) -> NDArray[np.intp]:
+    """Index of the bin that each value lies in, -1 outside; edges half-way between the centres."""
+    edges = np.concatenate([[1.5 * q[0] - 0.5 * q[1]], (q[1:] + q[:-1]) / 2, [1.5 * q[-1] - 0.5 * q[-2]]])
+    index = np.searchsorted(edges, values, side="right") - 1
+    return np.where(index < q.size, index, -1)
+
+
+def _sample_bins(q: Floats, y: NDArray, x: NDArray, bins: NDArray, per_bin: int) -> tuple[Floats, Floats, NDArray[np.intp]]:
+    """Take up to `per_bin` pixels of each bin, evenly in azimuth: their y, x and bin."""
+    keep = bins >= 0
+    y, x, bins = np.asarray(y, dtype=float)[keep], np.asarray(x, dtype=float)[keep], bins[keep]
     order = np.lexsort((np.arctan2(y, x), bins))
     start = np.searchsorted(bins[order], np.arange(q.size + 1))
     count = np.diff(start)
