@@ -179,21 +179,21 @@ def psf(
         raise BadInput(f"{lost:.0%} of the direct beam falls on masked pixels or a gap; move the beam or mend the mask.")
     counts = float(beam.sum())
     if counts < minimum_counts:
-        raise BadInput(
-            f"The direct beam holds {counts:.0f} counts; at least {minimum_counts:.0f} are needed. Expose longer or attenuate less."
-        )
+        raise BadInput(_too_few(counts, minimum_counts))
     y, x = np.arange(rows.start, rows.stop) + 0.5, np.arange(columns.start, columns.stop) + 0.5
     centre_y, centre_x = float(beam.sum(1) @ y / counts), float(beam.sum(0) @ x / counts)
     return _psf_dataset(beam / counts, (y - centre_y) * ai.pixel1, (x - centre_x) * ai.pixel2, ai, counts, (centre_y, centre_x))
+
+
+def _too_few(counts: float, minimum: float) -> str:
+    return f"The direct beam holds {counts:.0f} counts; at least {minimum:.0f} are needed. Expose longer or attenuate less."
 
 
 def _check_counts(total: NDArray, bad: NDArray, minimum: float) -> None:
     if bad.all():
         raise BadInput("The direct beam has no valid pixel: all are masked, negative, saturated or NaN.")
     if total.sum() < minimum:
-        raise BadInput(
-            f"The direct beam holds {total.sum():.0f} counts; at least {minimum:.0f} are needed. Expose longer or attenuate less."
-        )
+        raise BadInput(_too_few(total.sum(), minimum))
 
 
 def _spot(total: NDArray, bad: NDArray) -> NDArray[np.bool_]:
@@ -201,13 +201,14 @@ def _spot(total: NDArray, bad: NDArray) -> NDArray[np.bool_]:
     weight = scipy.ndimage.uniform_filter((~bad).astype(float), 5)
     smooth = scipy.ndimage.uniform_filter(total, 5) / np.maximum(weight, 0.2)
     level = np.median(total[~bad])
-    labels, _ = scipy.ndimage.label(smooth - level > 1e-3 * (smooth.max() - level))
+    labels: Any = scipy.ndimage.label(smooth - level > 1e-3 * (smooth.max() - level))[0]  # pyright: ignore
     return labels == labels[np.unravel_index(np.argmax(smooth), smooth.shape)]
 
 
 def _background(total: NDArray, bad: NDArray, spot: NDArray) -> float:
     """Mean count of a pixel in the surroundings of the beam."""
-    around = scipy.ndimage.binary_dilation(spot, iterations=20) & ~scipy.ndimage.binary_dilation(spot, iterations=3) & ~bad
+    far, near = (np.asarray(scipy.ndimage.binary_dilation(spot, iterations=n)) for n in (20, 3))
+    around = np.logical_and.reduce([far, np.logical_not(near), np.logical_not(bad)])
     return float(total[around].mean()) if around.any() else 0.0
 
 
@@ -258,7 +259,7 @@ def _static_mask(ai: Any, mask: NDArray | None) -> NDArray[np.bool_]:
         return total
     if mask.shape != shape:
         raise BadInput(
-            f"The mask has {mask.shape[0]} x {mask.shape[1]} pixels, the detector {shape[0]} x {shape[1]}; give the mask of this detector."
+            f"The mask has {mask.shape[0]} x {mask.shape[1]} pixels, the detector {shape[0]} x {shape[1]}; give one that fits."
         )
     return total | np.asarray(mask, dtype=bool)
 

@@ -1,0 +1,201 @@
+"""From exposures to a desmeared Dataset: the one function that live, served and replayed work share.
+
+Nothing here knows a catalog. Preparing (beam, geometry, mask -> operator -> method)
+costs a second or so; applying it to a frame costs milliseconds. Preparations are
+kept, so that a scan pays once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike, NDArray
+
+from .desmearing import prepare
+from .reduction import MINIMUM_BEAM_COUNTS, Reduction, centred, invalid_pixels, psf
+
+__all__ = ["Config", "PreparedExposures", "prepare_exposures"]
+
+CACHE_SIZE = 8
+"""Preparations that are kept: each holds an operator of a few MB."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How exposures are reduced and desmeared; its digest is part of a result's identity.
+
+    Attributes
+    ----------
+    method
+        A name of `dsnet_bluesky.desmearing.METHODS`.
+    options
+        Of the method, JSON-serialisable.
+    bins
+        Number of q bins.
+    q_min, q_max
+        Range in 1/nm, None for all that the detector sees.
+    per_bin
+        Pixels of each bin in the pixel-coverage operator.
+    minimum_beam_counts
+        Fewer counts in the direct beam are refused.
+    wavelength_spread
+        Standard deviation of the wavelength over its mean.
+    """
+
+    method: str = "map"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bins: int = 500
+    q_min: float | None = None
+    q_max: float | None = None
+    per_bin: int = 256
+    minimum_beam_counts: float = MINIMUM_BEAM_COUNTS
+    wavelength_spread: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON-serialisable values."""
+        return {**asdict(self), "options": dict(self.options)}
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the configuration in canonical JSON."""
+        return _digest_json(self.to_dict())
+
+
+class PreparedExposures:
+    """One direct beam, geometry, mask and configuration, ready for any number of sample frames.
+
+    Attributes
+    ----------
+    q : ndarray
+        In 1/nm, shape (n,).
+    psf : xarray.Dataset
+        The direct beam, see `reduction.psf`.
+    reduction : Reduction
+        With the beam centre where the direct beam is.
+    smearing : Smearing
+        Pixel-coverage operator, with the wavelength spread where there is one.
+    model_name, model_version, model_sha256 : str
+        Of the method's model; empty for classical methods.
+    """
+
+    def __init__(self, beam_frame: ArrayLike, poni: Mapping[str, Any], mask: NDArray | None, config: Config) -> None:
+        self.config = config
+        self.psf = psf(beam_frame, poni, mask=mask, minimum_counts=config.minimum_beam_counts)
+        self.reduction = Reduction(
+            centred(poni, self.psf),
+            mask=_with_gaps(beam_frame, poni, mask),
+            bins=config.bins,
+            q_min=config.q_min,
+            q_max=config.q_max,
+        )
+        self.q = self.reduction.q
+        self.smearing = self.reduction.smearing(self.psf, per_bin=config.per_bin, spread=config.wavelength_spread)
+        self._method = prepare(self.smearing, config.method, **config.options)
+        model = self._method.model
+        self.model_name = model.name if model else ""
+        self.model_version = model.version if model else ""
+        self.model_sha256 = model.sha256 if model else ""
+
+    def __call__(
+        self, frames: ArrayLike, *, time: ArrayLike = 1.0, monitor: ArrayLike = 1.0, transmission: ArrayLike = 1.0
+    ) -> xr.Dataset:
+        """Reduce and desmear sample frames.
+
+        Parameters
+        ----------
+        frames
+            Counts, shape (exposure, y, x).
+        time, monitor, transmission
+            Divisors, scalars or shape (exposure,).
+
+        Returns
+        -------
+        xarray.Dataset
+            Dims (exposure, q), as `desmearing.desmear` returns.
+
+        Raises
+        ------
+        BadInput
+            If the frames cannot be reduced or desmeared.
+        """
+        return self._method(self.reduction(frames, time=time, monitor=monitor, transmission=transmission))
+
+
+def prepare_exposures(
+    beam_frame: ArrayLike, poni: Mapping[str, Any], *, mask: NDArray | None = None, config: Config | None = None
+) -> PreparedExposures:
+    """Prepare desmearing of all samples that were exposed with one direct beam; repeated calls are free.
+
+    Parameters
+    ----------
+    beam_frame
+        Counts of the direct beam, shape (y, x) or (frame, y, x), which are summed.
+    poni
+        Geometry of the exposures.
+    mask
+        True where a pixel does not count.
+    config
+        How to reduce and desmear.
+
+    Returns
+    -------
+    PreparedExposures
+
+    Raises
+    ------
+    BadInput
+        If beam, geometry or mask cannot be used.
+    """
+    config = config or Config()
+    frame = np.asarray(beam_frame)
+    key = _digest(frame, poni, mask, config)
+    with _lock:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:  # one thread prepares, others that want the same wait for it
+        with _lock:
+            if key in _cache:
+                _cache.move_to_end(key)
+                return _cache[key]
+        prepared = PreparedExposures(frame, poni, mask, config)
+        with _lock:
+            _cache[key] = prepared
+            while len(_cache) > CACHE_SIZE:
+                _locks.pop(_cache.popitem(last=False)[0], None)
+    return prepared
+
+
+_cache: OrderedDict[str, PreparedExposures] = OrderedDict()
+_locks: dict[str, threading.Lock] = {}
+_lock = threading.Lock()
+
+
+def _with_gaps(beam_frame: ArrayLike, poni: Mapping[str, Any], mask: NDArray | None) -> NDArray[np.bool_]:
+    """Add what does not count in the direct beam's frame (gaps, hot pixels) to the mask."""
+    frame = np.asarray(beam_frame)
+    gaps = invalid_pixels(frame, str(poni.get("detector", "")))
+    gaps = np.atleast_3d(gaps.T).T.any(axis=0)
+    return np.asarray(gaps if mask is None else gaps | np.asarray(mask, dtype=bool))
+
+
+def _digest(frame: NDArray, poni: Mapping[str, Any], mask: NDArray | None, config: Config) -> str:
+    sha = hashlib.sha256(json.dumps([_plain(poni), config.to_dict()], sort_keys=True).encode())
+    for array in (frame, np.empty(0) if mask is None else np.asarray(mask, dtype=bool)):
+        sha.update(f"{array.shape}{array.dtype}".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def _plain(poni: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(poni), default=str))
+
+
+def _digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
