@@ -63,7 +63,7 @@ class Setting:
     """Path through the sample, relative to its full thickness."""
 
     attenuation: float = 1.0
-    """Part of the photons that the attenuator lets through."""
+    """Factor by which the attenuator weakens the beam; 1 for none."""
 
     beamstop: float = 0.0
     """Radius of the beamstop in m; 0 is out of the beam."""
@@ -125,9 +125,9 @@ class SaxsCamera:
         self.distance, self.wavelength = distance, wavelength
         self.penumbra, self.air, self.transmission = penumbra, air, transmission
         self.oversampling = oversampling
-        self.shape: tuple[int, int] = device.shape
-        self.pixel: float = device.pixel1
         self.gaps: NDArray = np.asarray(device.mask).astype(bool)
+        self.shape = self.gaps.shape
+        self.pixel: float = device.pixel1
         self.centre = tuple(float((np.floor(c * oversampling) + 0.5) / oversampling) for c in centre)
         self._rng = np.random.default_rng(seed)
         self.hot: NDArray = np.zeros(self.shape, dtype=bool)
@@ -168,7 +168,7 @@ class SaxsCamera:
 
     def rate(self, setting: Setting) -> NDArray:
         """Expected counts a second in each pixel, float (y, x); gaps and shadow are zero."""
-        flux = setting.attenuation * self.flux(setting.slit_width, setting.slit_height)
+        flux = self.flux(setting.slit_width, setting.slit_height) / setting.attenuation
         rate = flux * self.air / self.gaps.size * np.ones(self.shape)
         through = 1.0
         if setting.sample is not None:
@@ -191,7 +191,7 @@ class SaxsCamera:
 
         Scattering by air is part of it, as it is part of the frames.
         """
-        flux = setting.attenuation * self.flux(setting.slit_width, setting.slit_height)
+        flux = self.flux(setting.slit_width, setting.slit_height) / setting.attenuation
         air = flux * self.air / self.gaps.size * np.ones(np.shape(q))
         if setting.sample is None:
             return air

@@ -71,7 +71,7 @@ class SampleChanger(StandardReadable):
 
 
 class Attenuator(StandardReadable):
-    """A calibrated attenuator: the part of the photons that it lets through."""
+    """A calibrated attenuator: the factor by which it weakens the beam, 1 for none."""
 
     def __init__(self, name: str = ""):
         with self.add_children_as_readables(Format.CONFIG_SIGNAL):
