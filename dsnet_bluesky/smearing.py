@@ -470,7 +470,7 @@ def extend(q: ArrayLike, below: float, above: float) -> Floats:
 
 def _march(step: float, reach: float) -> Floats:
     """Distances step, 2 step ... that just pass `reach`; they widen after 200 steps."""
-    if reach <= 0:
+    if reach <= 1e-9 * step:
         return np.empty(0)
     uniform = step * np.arange(1, min(int(np.ceil(reach / step - 1e-9)), 200) + 1)
     if uniform[-1] >= reach * (1 - 1e-12):
