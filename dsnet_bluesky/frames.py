@@ -6,7 +6,10 @@ in single-writer-multiple-reader mode).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,8 +147,26 @@ def _read_hdf5(path: Path, reference: FrameReference) -> NDArray:
 
 def _read_fabio(path: Path) -> NDArray:
     try:
-        with fabio.open(str(path)) as image:
-            return np.stack([np.asarray(image.get_frame(i).data) for i in range(image.nframes)])
+        with _fabio_errors() as errors, fabio.open(str(path)) as image:
+            stack = np.stack([np.asarray(image.get_frame(i).data) for i in range(image.nframes)])
     except Exception as error:
         # fabio raises whatever its many readers raise: all of it means that the file is no image it knows.
         raise BadInput(f"{path.name} cannot be read as a detector image ({type(error).__name__}: {error}).") from error
+    if errors:
+        raise BadInput(f"{path.name} is truncated or damaged ({errors[0]}).")
+    return stack
+
+
+@contextmanager
+def _fabio_errors() -> Iterator[list[str]]:
+    """Collect what fabio only logs: it fills a truncated EDF with zeros and goes on."""
+    found: list[str] = []
+    thread = threading.get_ident()
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: found.append(record.getMessage()) if record.thread == thread else None
+    logger = logging.getLogger("fabio")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)

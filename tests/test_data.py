@@ -1,0 +1,73 @@
+"""Curves are built and refused with reasons."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsnet_bluesky.data import BadInput, check_curve, concat_exposures, curve, estimate_idev, exposures_of, failed_exposure
+
+Q = np.linspace(0.01, 5.01, 501)
+I = np.exp(-Q) + 1e-3
+
+
+def test_a_curve_carries_units_and_meaning():
+    one = curve(Q, I, 0.01 * I, Qdev=0.02, sample="AgBh")
+    assert one["I"].dims == ("q",)
+    assert one["q"].attrs["units"] == "1/nm"
+    assert one["I"].attrs["uncertainties"] == "Idev"
+    assert one["I"].attrs["long_name"] == "intensity"
+    assert one["Qdev"].shape == (501,)
+    assert one.attrs["sample"] == "AgBh"
+
+
+def test_several_exposures():
+    many = curve(Q, np.stack([I, 2 * I]), np.stack([I, I]))
+    assert many["I"].dims == ("exposure", "q")
+    assert exposures_of(many) is many
+    assert exposures_of(curve(Q, I, I)).sizes["exposure"] == 1
+
+
+@pytest.mark.parametrize(
+    ("q", "intensity", "idev", "message"),
+    [
+        (Q[::-1], I, I, "not ascending"),
+        (np.r_[Q[:5], Q[4], Q[6:]], I, I, r"q\[4\]"),
+        (Q, np.where(Q > 3, np.nan, I), I, "not finite at .* 3.0"),
+        (Q, I, np.where(Q > 3, np.inf, I), "Idev is not finite"),
+        (Q, I, 0 * I, "must be positive"),
+        (Q, I[:5], None, "must agree"),
+        (Q, I, I[:5], "must agree"),
+        (Q[:4], I[:4], None, "at least 5"),
+        (Q - 1, I, I, "not negative"),
+        (Q, np.ones((2, 2, 501)), None, "3 dimensions"),
+    ],
+)
+def test_bad_curves_are_named(q, intensity, idev, message):
+    with pytest.raises(BadInput, match=message):
+        curve(q, intensity, idev)
+
+
+def test_a_dataset_that_is_no_curve():
+    with pytest.raises(BadInput, match="lacks Idev"):
+        check_curve(curve(Q, I, I).drop_vars("Idev"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(noise=st.floats(0.003, 0.2), scale=st.floats(1e-6, 1e6), seed=st.integers(0, 100))
+def test_noise_is_estimated_from_the_scatter(noise: float, scale: float, seed: int):
+    rng = np.random.default_rng(seed)
+    values = scale * I * (1 + noise * rng.normal(size=I.size))
+    assert np.median(estimate_idev(values) / (scale * noise * I)) == pytest.approx(1, abs=0.2)
+
+
+def test_estimated_noise_is_marked_and_never_zero():
+    assert curve(Q, np.ones(501)).attrs["Idev_estimated"] == 1
+    assert (estimate_idev(np.zeros(501)) > 0).all()
+
+
+def test_failed_exposures_join_the_others():
+    joined = concat_exposures([failed_exposure(Q), failed_exposure(Q)])
+    assert joined.sizes == {"exposure": 2, "q": 501}
+    assert list(joined["status"].values) == ["failed", "failed"]
+    assert np.isnan(joined["I"].values).all()
