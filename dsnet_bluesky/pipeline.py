@@ -86,9 +86,16 @@ class PreparedExposures:
         Of the method's model; empty for classical methods.
     """
 
-    def __init__(self, beam_frame: ArrayLike, poni: Mapping[str, Any], mask: NDArray | None, config: Config) -> None:
+    def __init__(
+        self,
+        beam_frame: ArrayLike,
+        poni: Mapping[str, Any],
+        mask: NDArray | None,
+        config: Config,
+        beam_mask: NDArray | None = None,
+    ) -> None:
         self.config = config
-        self.psf = psf(beam_frame, poni, mask=mask, minimum_counts=config.minimum_beam_counts)
+        self.psf = psf(beam_frame, poni, mask=mask if beam_mask is None else beam_mask, minimum_counts=config.minimum_beam_counts)
         self.reduction = Reduction(
             centred(poni, self.psf),
             mask=_with_gaps(beam_frame, poni, mask),
@@ -130,7 +137,12 @@ class PreparedExposures:
 
 
 def prepare_exposures(
-    beam_frame: ArrayLike, poni: Mapping[str, Any], *, mask: NDArray | None = None, config: Config | None = None
+    beam_frame: ArrayLike,
+    poni: Mapping[str, Any],
+    *,
+    mask: NDArray | None = None,
+    beam_mask: NDArray | None = None,
+    config: Config | None = None,
 ) -> PreparedExposures:
     """Prepare desmearing of all samples that were exposed with one direct beam; repeated calls are free.
 
@@ -141,7 +153,9 @@ def prepare_exposures(
     poni
         Geometry of the exposures.
     mask
-        True where a pixel does not count.
+        True where a pixel does not count in the samples' frames.
+    beam_mask
+        The same for the direct beam's frame, which has no beamstop; `mask` if not given.
     config
         How to reduce and desmear.
 
@@ -156,7 +170,7 @@ def prepare_exposures(
     """
     config = config or Config()
     frame = np.asarray(beam_frame)
-    key = _digest(frame, poni, mask, config)
+    key = _digest(frame, poni, mask, beam_mask, config)
     with _lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:  # one thread prepares, others that want the same wait for it
@@ -164,7 +178,7 @@ def prepare_exposures(
             if key in _cache:
                 _cache.move_to_end(key)
                 return _cache[key]
-        prepared = PreparedExposures(frame, poni, mask, config)
+        prepared = PreparedExposures(frame, poni, mask, config, beam_mask)
         with _lock:
             _cache[key] = prepared
             while len(_cache) > CACHE_SIZE:
@@ -185,9 +199,10 @@ def _with_gaps(beam_frame: ArrayLike, poni: Mapping[str, Any], mask: NDArray | N
     return np.asarray(gaps if mask is None else gaps | np.asarray(mask, dtype=bool))
 
 
-def _digest(frame: NDArray, poni: Mapping[str, Any], mask: NDArray | None, config: Config) -> str:
+def _digest(frame: NDArray, poni: Mapping[str, Any], mask: NDArray | None, beam_mask: NDArray | None, config: Config) -> str:
     sha = hashlib.sha256(json.dumps([_plain(poni), config.to_dict()], sort_keys=True).encode())
-    for array in (frame, np.empty(0) if mask is None else np.asarray(mask, dtype=bool)):
+    masks = (np.empty(0) if m is None else np.asarray(m, dtype=bool) for m in (mask, beam_mask))
+    for array in (frame, *masks):
         sha.update(f"{array.shape}{array.dtype}".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
