@@ -305,7 +305,7 @@ def _run(
 
     @bpp.stage_decorator([device for device in devices if isinstance(device, Stageable)])
     @bpp.run_decorator(md=dict(metadata))
-    def inner() -> MsgGenerator[None]:
+    def inner() -> MsgGenerator[Any]:  # the decorator returns the uid of the run
         if exposure_time is not None:
             yield from _set_exposure_time(detector, exposure_time)
         for position in positions:

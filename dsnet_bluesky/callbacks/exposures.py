@@ -1,0 +1,181 @@
+"""From run documents to exposures, as soon as each one is complete.
+
+Documents may come from a RunEngine in this process, from a remote dispatcher or
+from a catalog (``run.documents()``), and may be of today's kind (stream
+resources) or of yesterday's (resources and datums).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from bluesky_tiled_plugins.writing.consolidators import MultipartRelatedConsolidator, consolidator_factory
+from bluesky_tiled_plugins.writing.tiled_writer import RunNormalizer
+from event_model import DocumentRouter, RunRouter
+
+from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.documents import Exposure, Instrument
+from dsnet_bluesky.frames import FrameReference
+
+__all__ = ["ExposureRouter", "exposures_of_documents"]
+
+
+class ExposureRouter:
+    """Turn run documents into exposures.
+
+    Runs may interleave. Old resources and datums are translated as TiledWriter
+    translates them, so that what is desmeared live and what is stored agree; this
+    happens event by event, except for a datum that comes after its event, whose
+    exposure appears when the run stops.
+
+    Parameters
+    ----------
+    on_exposure
+        Called with each `documents.Exposure`. What it raises reaches the caller.
+
+    Examples
+    --------
+    >>> exposures = []
+    >>> router = ExposureRouter(exposures.append)
+    >>> RE.subscribe(router)                                # doctest: +SKIP
+    """
+
+    def __init__(self, on_exposure: Callable[[Exposure], None]):
+        self._on_exposure = on_exposure
+        self._router = RunRouter([self._new_run])
+        self._open: set[str] = set()
+
+    def __call__(self, name: str, doc: dict[str, Any]) -> None:
+        """Take a document.
+
+        Raises
+        ------
+        KeyError
+            If the document belongs to a run whose start was not seen.
+        """
+        self._router(name, doc)
+
+    def knows(self, run_uid: str) -> bool:
+        """Whether this router saw the run start and not yet stop."""
+        return run_uid in self._open
+
+    def _new_run(self, name: str, start: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+        self._open.add(start["uid"])
+
+        def leave(name: str, doc: Mapping[str, Any]) -> None:
+            if name == "stop":
+                self._open.discard(doc["run_start"])
+
+        return [_NormalisedRun(self._on_exposure), leave], []
+
+
+def exposures_of_documents(documents: Iterator[tuple[str, dict[str, Any]]]) -> list[Exposure]:
+    """Return the exposures of a finished run, for example of ``run.documents()``."""
+    found: list[Exposure] = []
+    router = ExposureRouter(found.append)
+    for name, doc in documents:
+        router(name, doc)
+    return found
+
+
+class _NormalisedRun:
+    """One run: bring its documents up to date, collect its exposures, hand them on.
+
+    The exposures are handed on here and not inside the normaliser, whose
+    dispatcher would turn an exception into a warning.
+    """
+
+    def __init__(self, on_exposure: Callable[[Exposure], None]):
+        self._on_exposure = on_exposure
+        self._normalizer = RunNormalizer()
+        self._run = _Run()
+        self._normalizer.subscribe(self._run)
+
+    def __call__(self, name: str, doc: dict[str, Any]) -> None:
+        self._normalizer(name, doc)
+        found, self._run.found = self._run.found, []
+        for exposure in found:
+            self._on_exposure(exposure)
+
+
+@dataclass
+class _File:
+    """A stream resource: where its frames are, and the first index that it holds (-1: none yet)."""
+
+    document: dict[str, Any]
+    first: int = -1
+
+
+class _Run(DocumentRouter):
+    """Collect the exposures of one run from documents of today's kind, in `found`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Exposure] = []
+        self._start: Mapping[str, Any] = {}
+        self._descriptors: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, _File] = {}
+        self._count: dict[tuple[str, str], int] = {}
+
+    def start(self, doc: Any) -> None:
+        self._start = doc
+
+    def descriptor(self, doc: Any) -> None:
+        self._descriptors[doc["uid"]] = doc
+
+    def stream_resource(self, doc: Any) -> None:
+        self._files[doc["uid"]] = _File(doc)
+
+    def stream_datum(self, doc: Any) -> None:
+        file, descriptor = self._files[doc["stream_resource"]], self._descriptors[doc["descriptor"]]
+        data_key = file.document["data_key"]
+        if not _is_image(descriptor["data_keys"][data_key]):
+            return
+        if file.first < 0:
+            # A later file of a run goes on counting where the one before it ended; its own frames start at 0.
+            file.first = doc["indices"]["start"]
+        instrument, unknown = _instrument(descriptor)
+        for index in range(doc["indices"]["start"], doc["indices"]["stop"]):
+            number = self._count.get((descriptor["name"], data_key), 0)
+            self._count[descriptor["name"], data_key] = number + 1
+            frames, unreadable = _frames(file.document, descriptor, index - file.first)
+            self.found.append(
+                Exposure(
+                    run_uid=self._start["uid"],
+                    start=self._start,
+                    stream=descriptor["name"],
+                    data_key=data_key,
+                    index=number,
+                    frames=frames,
+                    instrument=instrument,
+                    time=float(self._start["time"]),
+                    problem=unknown or unreadable,
+                )
+            )
+
+
+def _is_image(data_key: Mapping[str, Any]) -> bool:
+    """Whether a data key holds images: its last two lengths exceed 1."""
+    shape = data_key.get("shape") or ()
+    return len(shape) >= 2 and all(length is None or length > 1 for length in shape[-2:])
+
+
+def _instrument(descriptor: Mapping[str, Any]) -> tuple[Instrument | None, str | None]:
+    try:
+        return Instrument.from_configuration(descriptor.get("configuration", {})), None
+    except BadInput as error:
+        return None, str(error)
+
+
+def _frames(resource: dict[str, Any], descriptor: dict[str, Any], position: int) -> tuple[FrameReference, str | None]:
+    """Say where the frames of the event at `position` of a resource are, or why they cannot be read."""
+    shape, parameters = descriptor["data_keys"][resource["data_key"]]["shape"], resource["parameters"]
+    number = max(int(shape[-3]) if len(shape) > 2 else 1, int(parameters.get("multiplier") or 1))
+    if not parameters.get("template"):
+        return FrameReference(resource["uri"], resource["mimetype"], parameters, position * number, (position + 1) * number), None
+    layout = cast(MultipartRelatedConsolidator, consolidator_factory(resource, descriptor))
+    files = layout.files_per_datum
+    reference = FrameReference(layout.get_datum_uri(position * files), resource["mimetype"], parameters, 0, number)
+    return reference, None if files == 1 else f"The exposure is spread over {files} files; write its frames into one."
