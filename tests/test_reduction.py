@@ -1,0 +1,221 @@
+"""Reduction agrees with pyFAI, its variance is exact, and bad geometry is named."""
+
+from pathlib import Path
+
+import fabio.edfimage
+import numpy as np
+import pyFAI
+import pytest
+
+from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.reduction import Reduction, centred, load_mask, load_poni, psf
+
+PIXEL = 172e-6
+CENTRE = (300.27, 240.61)
+PONI = {
+    "poni_version": 2.1,
+    "dist": 1.0,
+    "poni1": CENTRE[0] * PIXEL,
+    "poni2": CENTRE[1] * PIXEL,
+    "rot1": 0.0,
+    "rot2": 0.0,
+    "rot3": 0.0,
+    "detector": "Pilatus300k",
+    "detector_config": {"orientation": 3},
+    "wavelength": 1.54e-10,
+}
+SHAPE = (619, 487)
+MODULE_GAPS = pyFAI.detector_factory("Pilatus300k").mask.astype(bool)
+Y = (np.arange(SHAPE[0]) + 0.5 - CENTRE[0]) * PIXEL
+X = (np.arange(SHAPE[1]) + 0.5 - CENTRE[1]) * PIXEL
+RADIUS = np.hypot(Y[:, None], X)
+
+
+def pattern(rate: float, seed: int = 0) -> np.ndarray:
+    frame = np.random.default_rng(seed).poisson(rate / (1 + (RADIUS / 5e-3) ** 2)).astype(np.int32)
+    frame[MODULE_GAPS] = -1
+    return frame
+
+
+def beam(counts: float = 3e5, centre: tuple[float, float] = (0.0, 0.0), seed: int = 1) -> np.ndarray:
+    inside = (abs(Y - centre[0])[:, None] < 2e-3) & (abs(X - centre[1]) < 1.25e-3)
+    frame = np.random.default_rng(seed).poisson(counts * inside / inside.sum() + 1e-3).astype(np.int32)
+    frame[MODULE_GAPS] = -1
+    return frame
+
+
+@pytest.fixture(scope="module")
+def reduction() -> Reduction:
+    return Reduction(PONI, bins=300)
+
+
+def test_intensity_is_pyfai_s(reduction: Reduction):
+    frame = pattern(20)
+    result = pyFAI.load(PONI).integrate1d(
+        frame, 300, unit="q_nm^-1", method=("no", "csr", "cython"), mask=MODULE_GAPS, correctSolidAngle=True
+    )
+    curve = reduction(frame)
+    np.testing.assert_allclose(curve["q"], result.radial, rtol=1e-6)
+    np.testing.assert_allclose(curve["I"][0], result.intensity, rtol=1e-5)
+
+
+def test_variance_is_the_scatter_of_repeated_exposures(reduction: Reduction):
+    """Also at half a count a pixel, where pyFAI's own Poisson model is 45 % off."""
+    curve = reduction(np.stack([pattern(1.0, seed) for seed in range(60)]))
+    ratio = curve["Idev"].mean("exposure") / curve["I"].std("exposure", ddof=1)
+    assert float(np.median(ratio)) == pytest.approx(1, abs=0.03)
+
+
+def test_neighbouring_bins_are_independent(reduction: Reduction):
+    curve = reduction(np.stack([pattern(5.0, seed) for seed in range(60)]))
+    deviation = ((curve["I"] - curve["I"].mean("exposure")) / curve["Idev"]).values
+    assert abs(np.mean(deviation[:, 1:] * deviation[:, :-1])) < 0.02
+
+
+def test_an_empty_frame_is_not_certain(reduction: Reduction):
+    curve = reduction(np.where(MODULE_GAPS, -1, 0).astype(np.int32))
+    assert (curve["Idev"] > 0).all()
+    assert (curve["I"] == 0).all()
+
+
+def test_time_monitor_and_transmission_divide(reduction: Reduction):
+    frames = np.stack([pattern(20), pattern(20)])
+    plain = reduction(frames)
+    scaled = reduction(frames, time=[2.0, 4.0], monitor=3.0, transmission=0.5)
+    np.testing.assert_allclose(scaled["I"] * np.array([[3.0], [6.0]]), plain["I"])
+    np.testing.assert_allclose(scaled["Idev"] * np.array([[3.0], [6.0]]), plain["Idev"])
+    with pytest.raises(BadInput, match="exposure time must be positive"):
+        reduction(frames, time=0)
+
+
+def test_dark_flat_and_polarisation_are_pyfai_s():
+    rng = np.random.default_rng(4)
+    flat, dark = rng.uniform(0.8, 1.2, SHAPE), rng.uniform(0, 2, SHAPE)
+    frame = pattern(50).clip(0)
+    ours = Reduction(PONI, bins=200, flat=flat, dark=dark, polarisation=0.9)(frame)
+    theirs = pyFAI.load(PONI).integrate1d(
+        frame,
+        200,
+        unit="q_nm^-1",
+        method=("no", "csr", "cython"),
+        mask=MODULE_GAPS,
+        flat=flat,
+        dark=dark,
+        polarization_factor=0.9,
+    )
+    np.testing.assert_allclose(ours["I"][0], theirs.intensity, rtol=1e-4)
+
+
+def test_gaps_hot_and_saturated_pixels_do_not_count(reduction: Reduction):
+    clean = pattern(20)
+    dirty = clean.copy()
+    rows, columns = np.random.default_rng(0).integers(0, 480, (2, 40))
+    dirty[rows, columns] = 2**20 - 1
+    kept = Reduction(PONI, bins=300, mask=dirty == 2**20 - 1)(clean)
+    np.testing.assert_allclose(reduction(dirty)["I"], kept["I"])
+
+
+def test_the_beam_is_found_measured_and_centred():
+    direct = psf(beam(centre=(3 * PIXEL, -2 * PIXEL)), PONI)
+    assert float(direct["beam"].sum()) == pytest.approx(1)
+    assert float(direct["p"].sum()) == pytest.approx(1)
+    assert float(direct["counts"]) == pytest.approx(3e5, rel=0.01)
+    centre = centred(PONI, direct)
+    # the beam covers whole pixels, so its centroid is a pixel's centre to within half a pixel
+    assert centre["poni1"] / PIXEL == pytest.approx(CENTRE[0] + 3, abs=0.5)
+    assert centre["poni2"] / PIXEL == pytest.approx(CENTRE[1] - 2, abs=0.5)
+    expected = 2 * np.pi / 0.154 * np.sqrt((4e-3**2 + 2.5e-3**2) / 24)
+    assert float(direct["sigma"]) == pytest.approx(expected, rel=0.02)
+
+
+def test_hot_pixels_do_not_draw_the_centre():
+    frame = beam()
+    frame[[50, 400, 600], [30, 300, 450]] = 2**20 - 1
+    np.testing.assert_allclose(psf(frame, PONI)["sigma"], psf(beam(), PONI)["sigma"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"rot1": 0.05}, {"rot2": -0.03, "rot3": 0.4}])
+def test_a_tilted_detector_is_centred_on_the_beam(change: dict):
+    poni = {**PONI, **change}
+    ai = pyFAI.load(poni)
+    fit = ai.getFit2D()
+    ai.setFit2D(fit["directDist"], CENTRE[1], CENTRE[0], fit["tilt"], fit["tiltPlanRotation"])
+    direct = psf(beam(), ai.get_config())
+    moved = pyFAI.load(centred(ai.get_config(), direct)).getFit2D()
+    assert moved["centerX"] == pytest.approx(direct.attrs["centre_x"], abs=1e-6)
+    assert moved["centerY"] == pytest.approx(direct.attrs["centre_y"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("frame", "poni", "message"),
+    [
+        (beam(counts=2000), PONI, "at least 10000 are needed"),
+        (np.full(SHAPE, -1, np.int32), PONI, "no valid pixel"),
+        (np.full(SHAPE, np.nan), PONI, "no valid pixel"),
+        (np.zeros((100, 100)), PONI, "100 x 100 pixels"),
+        (beam(), {**PONI, "detector": "Eiger4M"}, "Eiger"),
+        (beam(), {**PONI, "wavelength": None}, "wavelength"),
+        (beam(), {**PONI, "wavelength": 1.54}, "metres"),
+        (beam(), {**PONI, "dist": -1.0}, "distance"),
+        (beam(), {**PONI, "detector": "NoSuch"}, "not one that pyFAI understands"),
+    ],
+)
+def test_bad_direct_beams_are_named(frame: np.ndarray, poni: dict, message: str):
+    with pytest.raises(BadInput, match=message):
+        psf(frame, poni)
+
+
+def test_a_wrong_poni_is_noticed():
+    with pytest.raises(BadInput, match="mm away"):
+        centred({**PONI, "poni1": 0.01}, psf(beam(), PONI))
+
+
+def test_a_beam_on_a_gap_is_refused():
+    gap_row = np.flatnonzero(MODULE_GAPS[:, 240])[0]
+    with pytest.raises(BadInput, match="gap"):
+        psf(beam(centre=((gap_row - CENTRE[0]) * PIXEL, 0)), PONI)
+
+
+def test_bad_frames_are_named(reduction: Reduction):
+    nan = np.full(SHAPE, np.nan)
+    with pytest.raises(BadInput, match="exposure 1 are NaN"):
+        reduction(np.stack([pattern(5).astype(float), nan]))
+    with pytest.raises(BadInput, match="100 x 100"):
+        reduction(np.zeros((100, 100)))
+    ring = np.where(RADIUS < 3e-3, -1, pattern(5))
+    with pytest.raises(BadInput, match="into the mask"):
+        reduction(ring)
+
+
+def test_masks_that_leave_nothing_or_do_not_fit():
+    with pytest.raises(BadInput, match="leaves no pixel"):
+        Reduction(PONI, mask=np.ones(SHAPE, dtype=bool))
+    with pytest.raises(BadInput, match="give one that fits"):
+        Reduction(PONI, mask=np.zeros((5, 5), dtype=bool))
+    with pytest.raises(BadInput, match="widen the range"):
+        Reduction(PONI, q_min=50, q_max=60)
+
+
+def test_geometry_and_mask_files(tmp_path: Path):
+    pyFAI.load(PONI).save(str(tmp_path / "geometry.poni"))
+    assert load_poni(tmp_path / "geometry.poni")["dist"] == 1.0
+    mask = np.zeros(SHAPE, dtype=np.int8)
+    mask[:10] = 1
+    fabio.edfimage.EdfImage(data=mask).write(str(tmp_path / "mask.edf"))
+    np.save(tmp_path / "mask.npy", mask)
+    for name in ("mask.edf", "mask.npy"):
+        assert load_mask(tmp_path / name).sum() == 4870
+    (tmp_path / "bad.poni").write_text("Distance: far\n")
+    for call, name in ((load_poni, "bad.poni"), (load_poni, "none.poni"), (load_mask, "none.edf"), (load_mask, "bad.poni")):
+        with pytest.raises(BadInput, match=name):
+            call(tmp_path / name)
+
+
+def test_a_sector_sees_a_lying_beam_differently():
+    """With a flat beam the resolution depends on the azimuth, and the operator knows it."""
+    direct = psf(beam(), PONI)
+    narrow, wide = (
+        Reduction(centred(PONI, direct), bins=200, sector=sector, q_min=0.2, q_max=2.0).smearing(direct).widths.mean()
+        for sector in ((-20, 20), (70, 110))
+    )
+    assert wide / narrow == pytest.approx(4.0 / 2.5, rel=0.1)
