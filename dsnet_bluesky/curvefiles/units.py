@@ -1,0 +1,67 @@
+"""Units as files of this field write them, by pint."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import pint
+
+from dsnet_bluesky.data import BadInput
+
+PER_NM = re.compile(r"1/nm|nm\s*(\^?\{?[-\u2212]1\b|\u207b\u00b9)", re.IGNORECASE)
+PER_ANGSTROM = re.compile(
+    r"1/(\u00c5|\u212b|A\b|ang)|(\u00c5|\u212b|\bA|angstroms?)\s*(\^?\{?[-\u2212]1\b|\u207b\u00b9)", re.IGNORECASE
+)
+
+
+@lru_cache(maxsize=64)
+def per_nm(units: str) -> float:
+    """Return the factor from `units` to 1/nm.
+
+    Raises
+    ------
+    BadInput
+        If pint knows no such unit, or it is no inverse length.
+    """
+    try:
+        return float(_registry().Quantity(1.0, _pint_words(units)).to("1/nm").magnitude)
+    except Exception as error:
+        # pint raises its own errors, tokenize's and AttributeError: all mean that this is no unit of q.
+        raise BadInput(f"the unit of q, {units!r}, is not understood; use 1/nm or 1/angstrom (--q-units).") from error
+
+
+@lru_cache(maxsize=1)
+def _registry() -> Any:
+    return pint.get_application_registry()
+
+
+def _pint_words(units: str) -> str:
+    """Write a unit as pint reads it: in this field A is the angstrom, not the ampere."""
+    plain = re.sub(r"[{}]", "", units).replace("\u207b\u00b9", "^-1").replace("\u2212", "-")
+    plain = re.sub(r"\u00c5|\u212b|\bAng\b|\bA\b", "angstrom", plain)
+    return re.sub(r"(?<=[A-Za-z])-(?=\d)", "^-", plain)
+
+
+def intensity_units(units: str | None) -> str:
+    """Return a unit of I that pint parses; "1" where the file's word is none."""
+    try:
+        return f"{_registry().Unit(_pint_words(units or '1')):~C}" or "1"
+    except Exception:
+        # As above: a unit such as "a.u." or "Counts" says no more than "1" does.
+        return "1"
+
+
+def units_in(text: str) -> str | None:
+    """Find the unit of q in words; None if there is none.
+
+    Raises
+    ------
+    BadInput
+        If the words name both.
+    """
+    nm, angstrom = bool(PER_NM.search(text)), bool(PER_ANGSTROM.search(text))
+    if nm and angstrom:
+        raise BadInput("its header names both 1/nm and 1/angstrom; say which is the unit of q with --q-units.")
+    return "1/nm" if nm else "1/angstrom" if angstrom else None
