@@ -294,7 +294,7 @@ class TrainingState:
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe = recipe
         self.device = device
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(recipe.seed)
             self.network = DSNet(recipe.architecture).to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=recipe.schedule.learning_rate)
