@@ -1,1 +1,249 @@
-"""Desmearing methods behind one call: ``desmear(curves, smearing, method=...)``."""
+"""Desmearing: one call for every method, `desmear(curves, smearing, method=...)`.
+
+A method is a class that takes a `Smearing` and named options, pays once for what
+depends on the operator alone, and is then called with batches of curves (`Method`).
+`prepare` finds it by name, checks the input and puts the result together; methods
+know nothing of Datasets. They are resolved by name, so that importing this package
+brings in neither scipy's solvers nor torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pkgutil
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from dsnet_bluesky.data import BadInput, Flag, check_curve, describe, exposures_of
+from dsnet_bluesky.smearing import Smearing
+
+__all__ = ["METHODS", "Method", "Prepared", "Solution", "desmear", "prepare"]
+
+METHODS: dict[str, str] = {
+    "lake": "dsnet_bluesky.desmearing.lake:Lake",
+    "wiener": "dsnet_bluesky.desmearing.wiener:Wiener",
+    "map": "dsnet_bluesky.desmearing.map:MAP",
+    "ift": "dsnet_bluesky.desmearing.ift:IFT",
+    "dsnet-paper": "dsnet_bluesky.dsnet:DSNetPaper",
+}
+"""Where each method lives, as `module:class`."""
+
+MINIMUM_RANGE = 2.0
+"""The shortest curve that can be desmeared, in widths of the operator."""
+
+
+@dataclass
+class Solution:
+    """What a method found for a batch of curves.
+
+    Attributes
+    ----------
+    I_calc
+        Desmeared curves on `smearing.q_calc`, shape (exposure, m).
+    Idev
+        One standard deviation of the desmeared curves on `smearing.q`, shape (exposure, n).
+    Qdev
+        Width that is left in the answer, in 1/nm, shape (exposure, n): one standard
+        deviation of the averaging kernel. None where the method cannot tell.
+    flags
+        Sums of `data.Flag`, shape (exposure,).
+    attrs
+        How it went (iterations, weights ...): JSON-serialisable, lists by exposure.
+    I
+        Desmeared curves on `smearing.q`, shape (exposure, n), from a method that knows
+        them better than `smearing.at_q(I_calc)`, which is taken by default.
+    """
+
+    I_calc: NDArray
+    Idev: NDArray
+    Qdev: NDArray | None
+    flags: NDArray
+    attrs: dict[str, Any] = field(default_factory=dict)
+    I: NDArray | None = None
+
+
+class Method(Protocol):
+    """A desmearing method: built for one operator, called with batches of curves."""
+
+    def __init__(self, smearing: Smearing, **options: Any) -> None: ...
+
+    def __call__(self, I: NDArray, Idev: NDArray) -> Solution:
+        """Desmear `I`, shape (exposure, n), finite, with `Idev` positive."""
+        ...
+
+
+def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "map", **options: Any) -> xr.Dataset:
+    """Desmear curves that share one q grid and one smearing operator.
+
+    Parameters
+    ----------
+    curves
+        From `data.curve`: I and Idev with dims ("q",) or ("exposure", "q").
+    smearing
+        The operator that smeared them, on the same q.
+    method
+        A key of `METHODS`.
+    **options
+        Keyword arguments of the method's class.
+
+    Returns
+    -------
+    xarray.Dataset
+        With the dims of `curves`: I, Idev, Qdev, I_smeared, Idev_smeared, I_resmeared;
+        per exposure chi2, flags (sum of `data.Flag`) and status.
+
+    Raises
+    ------
+    BadInput
+        If the curves, the operator and the method do not go together.
+
+    Examples
+    --------
+    >>> from dsnet_bluesky.data import curve
+    >>> q = np.linspace(0.01, 2, 200)
+    >>> result = desmear(curve(q, np.exp(-(q**2))), Smearing.gaussian(q, 0.04))
+    >>> result.sizes["q"], result["status"].item()
+    (200, 'ok')
+    """
+    return prepare(smearing, method, **options)(curves)
+
+
+def prepare(smearing: Smearing, method: str = "map", **options: Any) -> Prepared:
+    """Pay for an operator once, to desmear many curves.
+
+    Parameters
+    ----------
+    smearing
+        The operator of the measurement.
+    method
+        A key of `METHODS`.
+    **options
+        Keyword arguments of the method's class.
+
+    Raises
+    ------
+    BadInput
+        If the method or an option is unknown, or the operator is wider than half its q range.
+    """
+    if method not in METHODS:
+        raise BadInput(f"There is no method {method!r}; the methods are {', '.join(sorted(METHODS))}.")
+    _check_range(smearing)
+    solver = pkgutil.resolve_name(METHODS[method])
+    _check_options(method, solver, options)
+    return Prepared(smearing, method, options, solver(smearing, **options))
+
+
+class Prepared:
+    """A method made ready for one operator; call it with curves.
+
+    Attributes
+    ----------
+    smearing
+        The operator.
+    method, options
+        What it was prepared with.
+    model
+        The released model behind the method (`versions.Model`), or None.
+    """
+
+    def __init__(self, smearing: Smearing, method: str, options: dict[str, Any], solver: Method) -> None:
+        self.smearing = smearing
+        self.method = method
+        self.options = dict(options)
+        self.model = getattr(solver, "model", None)
+        self._solver = solver
+
+    def __repr__(self) -> str:
+        return f"<Prepared {self.method} for {self.smearing!r}>"
+
+    def __call__(self, curves: xr.Dataset) -> xr.Dataset:
+        """Desmear curves, see `desmear`."""
+        check_curve(curves)
+        self._check_grid(curves["q"].values)
+        batch = exposures_of(curves)
+        I, Idev = (batch[name].transpose("exposure", "q").values for name in ("I", "Idev"))
+        result = self._assemble(batch, I, Idev, self._solver(I, Idev))
+        return result if "exposure" in curves.dims else result.isel(exposure=0, drop=True)
+
+    def _check_grid(self, q: NDArray) -> None:
+        if q.shape != self.smearing.q.shape or not np.allclose(q, self.smearing.q, rtol=1e-6, atol=1e-9):
+            raise BadInput(
+                f"The curve has {q.size} points from {q[0]:.6g} to {q[-1]:.6g} 1/nm and the operator was built for "
+                f"{self.smearing.q.size} from {self.smearing.q[0]:.6g} to {self.smearing.q[-1]:.6g}; build it on the curve's q."
+            )
+
+    def _assemble(self, batch: xr.Dataset, I: NDArray, Idev: NDArray, solution: Solution) -> xr.Dataset:
+        resmeared = self.smearing.apply(solution.I_calc)
+        chi2 = np.mean(((resmeared - I) / Idev) ** 2, axis=-1)
+        Qdev = np.full(I.shape, np.nan) if solution.Qdev is None else solution.Qdev
+        columns = {
+            "I": self.smearing.at_q(solution.I_calc) if solution.I is None else solution.I,
+            "Idev": solution.Idev,
+            "Qdev": Qdev,
+            "I_smeared": I,
+            "Idev_smeared": Idev,
+            "I_resmeared": resmeared,
+        }
+        units = batch["I"].attrs.get("units", "1/cm")
+        variables: dict[str, Any] = {
+            name: (("exposure", "q"), values, {"units": "1/nm" if name == "Qdev" else units}) for name, values in columns.items()
+        }
+        variables["chi2"] = ("exposure", chi2)
+        variables["flags"] = ("exposure", self._flags(batch, chi2, solution))
+        variables["status"] = ("exposure", np.full(chi2.shape, "ok"))
+        result = xr.Dataset(variables, coords=batch.coords, attrs=batch.attrs | self._attrs(solution))
+        result["I"].attrs["uncertainties"] = "Idev"
+        result["q"].attrs["resolutions"] = "Qdev"
+        return describe(result)
+
+    def _flags(self, batch: xr.Dataset, chi2: NDArray, solution: Solution) -> NDArray:
+        flags = np.asarray(solution.flags, dtype=np.int64) | np.where(chi2 > 2, int(Flag.POOR_FIT), 0)
+        if batch.attrs.get("Idev_estimated"):
+            flags = flags | int(Flag.NOISE_ESTIMATED)
+        if _reach(self.smearing) > 0.1:
+            flags = flags | int(Flag.EXTRAPOLATED)
+        return flags
+
+    def _attrs(self, solution: Solution) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "options": json.dumps(self.options, sort_keys=True),
+            "diagnostics": json.dumps(solution.attrs, sort_keys=True),
+            "smearing": self.smearing.kind,
+        }
+
+
+def _check_options(method: str, solver: type, options: dict[str, Any]) -> None:
+    valid = [name for name in inspect.signature(solver).parameters if name != "smearing"]
+    unknown = sorted(set(options) - set(valid))
+    if unknown:
+        raise BadInput(f"{method} has no option {', '.join(unknown)}; its options are {', '.join(valid) or 'none'}.")
+
+
+def _check_range(smearing: Smearing) -> None:
+    """Refuse a curve that is shorter than the PSF.
+
+    A slit's length smears towards higher q only, and what lies there is
+    extrapolated (that is how all Bonse-Hart data are desmeared). What counts is
+    how far the operator reaches down: for a symmetric kernel its standard deviation.
+    """
+    below = np.minimum(smearing.q_calc - smearing.q[:, None], 0.0)
+    width = float(np.sqrt(2 * np.sum(smearing.matrix * below**2, axis=1).max()))
+    span = float(smearing.q[-1] - smearing.q[0])
+    if span < MINIMUM_RANGE * width:
+        raise BadInput(
+            f"The curve is shorter than the PSF: q spans {span:.4g} 1/nm and the smearing has a width of {width:.4g} 1/nm; "
+            f"at least {MINIMUM_RANGE:g} widths are needed. Measure a wider range or use a narrower beam."
+        )
+
+
+def _reach(smearing: Smearing) -> float:
+    """How far the smearing reaches beyond the measured range, as a part of that range."""
+    seen = smearing.q_calc[smearing.matrix.max(axis=0) > 1e-4]
+    outside = max(float(seen[-1] - smearing.q[-1]), float(smearing.q[0] - seen[0]), 0.0)
+    return outside / float(smearing.q[-1] - smearing.q[0])
