@@ -44,8 +44,7 @@ class ExposureRouter:
 
     def __init__(self, on_exposure: Callable[[Exposure], None]):
         self._on_exposure = on_exposure
-        self._router = RunRouter([self._new_run])
-        self._open: set[str] = set()
+        self._router = RunRouter([self._new_run], filler_class=_Unfilled)
 
     def __call__(self, name: str, doc: dict[str, Any]) -> None:
         """Take a document.
@@ -57,18 +56,18 @@ class ExposureRouter:
         """
         self._router(name, doc)
 
-    def knows(self, run_uid: str) -> bool:
-        """Whether this router saw the run start and not yet stop."""
-        return run_uid in self._open
-
     def _new_run(self, name: str, start: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-        self._open.add(start["uid"])
+        return [_NormalisedRun(self._on_exposure)], []
 
-        def leave(name: str, doc: Mapping[str, Any]) -> None:
-            if name == "stop":
-                self._open.discard(doc["run_start"])
 
-        return [_NormalisedRun(self._on_exposure), leave], []
+class _Unfilled(DocumentRouter):
+    """Leaves events as they are: frames are read later, and a datum may come after its event."""
+
+    def __init__(self, handler_registry: Any, *, root_map: Any = None, inplace: Any = None):
+        super().__init__()
+
+    def event_page(self, doc: Any) -> Any:
+        return doc
 
 
 def exposures_of_documents(documents: Iterator[tuple[str, dict[str, Any]]]) -> list[Exposure]:

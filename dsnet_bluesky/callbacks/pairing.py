@@ -1,0 +1,193 @@
+"""Which direct beam belongs to a sample exposure, and the operator made of it."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from tiled.queries import Key
+
+from dsnet_bluesky import frames
+from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.documents import Exposure, Instrument, mismatch
+from dsnet_bluesky.pipeline import Config, PreparedExposures, prepare_exposures
+from dsnet_bluesky.reduction import invalid_pixels, load_mask
+
+from .exposures import exposures_of_documents
+
+__all__ = ["DirectBeam", "DirectBeams", "summed"]
+
+PREPARED = 4
+"""Operators kept at hand; `pipeline` keeps more, but must read the frames to find them."""
+
+LOOK_BACK = 20
+"""Direct beams of the catalog that are tried, newest first, for a sample that names none."""
+
+
+@dataclass
+class DirectBeam:
+    """A run that exposed the direct beam."""
+
+    run_uid: str
+    time: float
+    exposures: list[Exposure] = field(default_factory=list)
+
+    @property
+    def instrument(self) -> Instrument:
+        """State of the instrument in the first exposure.
+
+        Raises
+        ------
+        BadInput
+            If the run recorded none.
+        """
+        first = self.exposures[0]
+        if first.instrument is None:
+            raise BadInput(f"The direct beam {self.run_uid} cannot be used. {first.problem}")
+        return first.instrument
+
+    def frame(self) -> NDArray:
+        """Sum of all frames, (y, x)."""
+        return np.concatenate([summed(exposure) for exposure in self.exposures]) if self.exposures else np.empty(0)
+
+
+def summed(exposure: Exposure) -> NDArray:
+    """Read an exposure as one frame, shape (1, y, x); a pixel that fails in one of its frames is -1 in the sum.
+
+    Raises
+    ------
+    BadInput
+        If the exposure cannot be read.
+    """
+    if exposure.problem:
+        raise BadInput(exposure.problem)
+    stack = frames.read(exposure.frames)
+    if len(stack) == 1:
+        return stack
+    assert exposure.instrument is not None
+    invalid = invalid_pixels(stack, str(exposure.instrument.poni.get("detector", "")))
+    return np.where(invalid.any(axis=0), -1, stack.sum(axis=0, dtype=float))[None]
+
+
+class DirectBeams:
+    """The direct beams seen so far, and those of the catalog.
+
+    Parameters
+    ----------
+    raw
+        Catalog of runs (``client["raw"]``).
+    config
+        How to reduce and desmear.
+    max_age
+        A sample that names no direct beam gets none older than this, in s.
+    """
+
+    def __init__(self, raw, config: Config, *, max_age: float):
+        self._raw, self._config, self._max_age = raw, config, max_age
+        self._seen: OrderedDict[str, DirectBeam] = OrderedDict()
+        self._prepared: OrderedDict[tuple, PreparedExposures] = OrderedDict()
+
+    def add(self, exposure: Exposure) -> None:
+        """Note an exposure of the direct beam."""
+        beam = self._seen.setdefault(exposure.run_uid, DirectBeam(exposure.run_uid, exposure.time))
+        if exposure.index >= len(beam.exposures):
+            beam.exposures.append(exposure)
+
+    def find(self, sample: Exposure) -> DirectBeam:
+        """Find the direct beam of a sample exposure: the one its run names, else the nearest earlier one that fits.
+
+        Raises
+        ------
+        BadInput
+            If there is none; the message says why.
+        """
+        if sample.instrument is None:
+            raise BadInput(sample.problem or "The run recorded no geometry.")
+        uid = sample.start.get("direct_beam_uid")
+        return self._named(uid, sample.instrument) if uid else self._nearest(sample, sample.instrument)
+
+    def prepared(self, beam: DirectBeam, sample: Instrument) -> PreparedExposures:
+        """Return the operator of a direct beam for samples exposed with an instrument; made once.
+
+        Raises
+        ------
+        BadInput
+            If beam, geometry or mask cannot be used.
+        """
+        key = (beam.run_uid, len(beam.exposures), json.dumps(sample.poni, sort_keys=True, default=str), sample.mask)
+        if key not in self._prepared:
+            frame, spread = beam.frame(), sample.wavelength_spread
+            self._prepared[key] = prepare_exposures(
+                frame,
+                sample.poni,
+                mask=_mask(sample),
+                beam_mask=_mask(beam.instrument, np.zeros(frame.shape[-2:], dtype=bool)),
+                config=self._config if self._config.wavelength_spread else replace(self._config, wavelength_spread=spread),
+            )
+            while len(self._prepared) > PREPARED:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
+
+    def _named(self, uid: str, sample: Instrument) -> DirectBeam:
+        beam = self._seen.get(uid) or self._fetch(uid)
+        if beam is None:
+            raise BadInput(f"The run names the direct beam {uid}, which the catalog does not hold.")
+        if not beam.exposures:
+            raise BadInput(f"The run names the direct beam {uid}, which holds no exposure.")
+        reason = mismatch(sample, beam.instrument)
+        if reason:
+            raise BadInput(f"The direct beam {uid} does not belong to this sample: {reason}.")
+        return beam
+
+    def _nearest(self, sample: Exposure, instrument: Instrument) -> DirectBeam:
+        reasons = []
+        for beam in self._candidates(sample.time):
+            try:
+                reason = mismatch(instrument, beam.instrument)
+            except BadInput as error:
+                reason = str(error)
+            if reason is None:
+                return beam
+            reasons.append(f"{beam.run_uid[:8]}: {reason}")
+        if not reasons:
+            raise BadInput(
+                "No direct beam was exposed before this sample. Run plans.direct_beam with the same slits and distance first, "
+                "or name one in the start document (direct_beam_uid)."
+            )
+        raise BadInput(
+            f"No direct beam fits this sample ({'; '.join(reasons[:3])}). Expose one with the same slits and distance."
+        )
+
+    def _candidates(self, time: float) -> Iterable[DirectBeam]:
+        """Yield direct beams before `time`, newest first: those seen, then those of the catalog."""
+
+        def fits(beam: DirectBeam) -> bool:
+            return bool(beam.exposures) and 0 <= time - beam.time <= self._max_age
+
+        seen = sorted((beam for beam in self._seen.values() if fits(beam)), key=lambda beam: beam.time, reverse=True)
+        yield from seen
+        runs = self._raw.search(Key("purpose") == "direct_beam").search(Key("time") <= time).sort(("time", -1))
+        for uid in runs.keys().head(LOOK_BACK):
+            beam = None if uid in self._seen else self._fetch(uid)
+            if beam is not None and fits(beam):
+                yield beam
+
+    def _fetch(self, uid: str) -> DirectBeam | None:
+        """Read a direct beam from the catalog."""
+        try:
+            run = self._raw[uid]
+        except KeyError:
+            return None
+        exposures = exposures_of_documents(run.documents())
+        for exposure in exposures:
+            self.add(exposure)
+        return self._seen.get(uid) or DirectBeam(uid, run.metadata["start"]["time"])
+
+
+def _mask(instrument: Instrument, default: NDArray | None = None) -> NDArray | None:
+    return load_mask(frames.path_of(instrument.mask)) if instrument.mask else default

@@ -1,0 +1,88 @@
+"""A thread that takes work from a bounded queue, so that whoever offers it never waits."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Worker"]
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Handle items in order on a daemon thread.
+
+    Parameters
+    ----------
+    handle
+        Called with each item. What it raises is logged, and the worker goes on.
+    idle
+        Called when the queue has run empty, and now and then while it stays so.
+    size
+        Items that the queue holds.
+    name
+        Of the thread.
+    """
+
+    period = 0.5
+    """Seconds between two calls of `idle`."""
+
+    def __init__(self, handle: Callable[[Any], None], idle: Callable[[], None], *, size: int, name: str):
+        self._handle, self._idle = handle, idle
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=size)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> int:
+        """Items that are not handled yet."""
+        return self._queue.unfinished_tasks
+
+    def offer(self, item: Any) -> bool:
+        """Put an item into the queue without waiting; False where it is full or the worker closed."""
+        if self._closing.is_set():
+            return False
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            return False
+        return True
+
+    def wait(self, timeout: float | None, done: Callable[[], bool]) -> bool:
+        """Wait until every item is handled and `done` says so; False when the time is over."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.pending or not done():
+            if (end is not None and time.monotonic() > end) or not self._thread.is_alive():
+                return False
+            time.sleep(0.01)
+        return True
+
+    def close(self, timeout: float) -> bool:
+        """Stop after the items in the queue; False if the thread still works after `timeout` seconds."""
+        self._closing.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not (self._closing.is_set() and self._queue.empty()):
+            try:
+                item = self._queue.get(timeout=self.period if not self._closing.is_set() else 0.01)
+            except queue.Empty:
+                self._guard(self._idle)
+                continue
+            self._guard(self._handle, item)
+            if self._queue.empty():
+                self._guard(self._idle)
+            self._queue.task_done()
+
+    def _guard(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception:
+            logger.exception("An error that nothing was prepared for; the worker goes on.")
