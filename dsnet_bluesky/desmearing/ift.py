@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import svd
-from scipy.special import erfcx
 
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.smearing import Smearing
 
 from . import Solution
-from .kernels import straightened
+from .kernels import positive_mean, straightened
 
 __all__ = ["IFT", "sine_series"]
 
@@ -86,7 +85,7 @@ class IFT:
         """Desmear curves of any sign, one after another."""
         found = [self._best(measured, sigma) for measured, sigma in zip(I, Idev, strict=True)]
         spread = np.array([fit.deviation for fit in found])
-        curves = _positive_mean(np.array([fit.curve for fit in found]), spread)
+        curves = positive_mean(np.array([fit.curve for fit in found]), spread)
         return Solution(
             I_calc=straightened(self.smearing, curves.T).T,
             I=self.smearing.at_q(curves),
@@ -205,11 +204,3 @@ def _most_evident(s: NDArray, seen: NDArray) -> float:
     variance = 1 + s**2 / ridges
     minus_two_log = np.sum(seen**2 / variance + np.log(variance), axis=1)
     return float(ridges[np.argmin(minus_two_log), 0])
-
-
-def _positive_mean(mean: NDArray, deviation: NDArray) -> NDArray:
-    """Mean of a Gaussian cut at zero: ``mean + deviation phi(z) / Phi(z)``, ``z = mean / deviation``."""
-    z = mean / np.maximum(deviation, np.finfo(float).tiny)
-    # erfcx keeps the ratio of density and tail where both vanish; far above zero nothing is added.
-    hazard = np.sqrt(2 / np.pi) / erfcx(-np.clip(z, None, 25.0) / np.sqrt(2))
-    return mean + deviation * hazard

@@ -1,41 +1,52 @@
-"""What the operator's grid and an answer's averaging kernel do to a curve."""
+"""What methods share: averaging kernels, the grid of the operator, and answers near zero."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import erfcx
 
 from dsnet_bluesky.smearing import Smearing
 
-__all__ = ["kernel_widths", "straightened"]
+__all__ = ["kernel_widths", "positive_mean", "straightened"]
 
 
-def kernel_widths(kernels: NDArray, q: NDArray, q_calc: NDArray) -> NDArray:
-    """Standard deviation of the Gaussian that is as wide as each averaging kernel.
+def kernel_widths(kernels: NDArray, q_calc: NDArray) -> NDArray:
+    """Standard deviation of the Gaussian with the same width at half height as each averaging kernel.
 
     The rows of an averaging kernel say how an answer depends on the truth:
-    ``answer(q_i) = sum_j K_ij truth(q_calc_j)``. Good kernels have negative
-    lobes, for which the plain second moment is zero or worse; the rms width of
-    K^2, times sqrt(2), is that of a Gaussian again and always positive.
+    ``answer(q_i) = sum_j K_ij truth(q_calc_j)``. Good kernels have negative lobes
+    and long ripples, for which second moments mean nothing; the width of the central
+    lobe is what a sharp peak is seen with.
 
     Parameters
     ----------
     kernels
         K, shape (..., n, m).
-    q, q_calc
-        Grids of the answer, shape (n,), and of the truth, shape (m,), in 1/nm.
+    q_calc
+        Grid of the truth, shape (m,), in 1/nm.
 
     Returns
     -------
     ndarray
         Widths in 1/nm, shape (..., n).
     """
-    # K holds the width of a cell of q_calc; the density of the kernel does not.
-    weight = kernels**2 / np.gradient(q_calc)
-    total = weight.sum(axis=-1)
-    mean = (weight @ q_calc) / total
-    variance = (weight @ q_calc**2) / total - 2 * mean * q + q**2
-    return np.sqrt(np.maximum(2 * variance, 0.0))
+    # K holds the width of each cell of q_calc; the density of the kernel does not.
+    density = kernels / np.gradient(q_calc)
+    peak = density.argmax(axis=-1)[..., None]
+    half = np.take_along_axis(density, peak, axis=-1) / 2
+    place = np.arange(q_calc.size)
+    low = density < half
+    left = np.where(low & (place < peak), place, -1).max(axis=-1, keepdims=True)
+    right = np.where(low & (place > peak), place, q_calc.size).min(axis=-1, keepdims=True)
+    edges = []
+    for outside, step in ((left, 1), (right, -1)):
+        outer = np.clip(outside, 0, q_calc.size - 1)
+        inner = np.clip(outside + step, 0, q_calc.size - 1)
+        above, below = (np.take_along_axis(density, index, axis=-1) for index in (inner, outer))
+        part = np.where(inner != outer, (above - half) / np.maximum(above - below, np.finfo(float).tiny), 0.0)
+        edges.append(q_calc[inner] + part * (q_calc[outer] - q_calc[inner]))
+    return ((edges[1] - edges[0]) / np.sqrt(8 * np.log(2)))[..., 0]
 
 
 def straightened(smearing: Smearing, curves: NDArray) -> NDArray:
@@ -66,3 +77,20 @@ def straightened(smearing: Smearing, curves: NDArray) -> NDArray:
     result = curves.copy()
     result[1:-1] -= wide.reshape(left.shape) * bend * (left**2 - left * right + right**2) / 12
     return result
+
+
+def positive_mean(mean: NDArray, deviation: NDArray) -> NDArray:
+    """Mean of a Gaussian cut at zero: ``mean + deviation phi(z) / Phi(z)``, ``z = mean / deviation``.
+
+    An intensity cannot be negative; where a linear answer comes within its error
+    of zero, this is what the error leaves.
+
+    Parameters
+    ----------
+    mean, deviation
+        Answers and their standard deviations, any one shape; deviation not negative.
+    """
+    z = mean / np.maximum(deviation, np.finfo(float).tiny)
+    # erfcx keeps the ratio of density and tail where both vanish; far above zero nothing is added.
+    hazard = np.sqrt(2 / np.pi) / erfcx(-np.clip(z, None, 25.0) / np.sqrt(2))
+    return mean + deviation * hazard

@@ -217,7 +217,7 @@ class _Problem:
         return np.full(bend.shape, weight) if nu is None else weight * (nu + 1) / (nu + weight * bend**2)
 
     def evidence(self, x: NDArray, weight: float) -> float:
-        factor = cholesky_banded(_lift(self.hessian(x, weight), 0.0), lower=True)
+        factor = _banded_factor(self.hessian(x, weight), 0.0)
         half_log_det = float(np.log(factor[0]).sum())
         return -self.cost(x, weight) + 0.5 * (x.size - 2) * np.log(weight) - half_log_det
 
@@ -231,7 +231,7 @@ class _Problem:
         return _Answer(
             point.x,
             smearing.at_q(deviation),
-            kernel_widths(smearing.at_q(kernel.T).T, smearing.q, smearing.q_calc),
+            kernel_widths(smearing.at_q(kernel.T).T, smearing.q_calc),
             point.weight,
             point.iterations,
             point.converged,
@@ -283,21 +283,19 @@ class _NormalMatrix:
         return table
 
 
-def _lift(bands: NDArray, damping: float) -> NDArray:
-    """Damp the diagonal, and keep it positive against rounding."""
-    lifted = bands.copy()
-    lifted[0] *= 1 + damping + 1e-13
-    return lifted
+def _banded_factor(bands: NDArray, damping: float) -> NDArray:
+    """Cholesky factor with a damped diagonal; rounding that makes it indefinite is damped away."""
+    while True:
+        lifted = bands.copy()
+        lifted[0] *= 1 + damping + 1e-13
+        try:
+            return cholesky_banded(lifted, lower=True, check_finite=False)
+        except LinAlgError:
+            damping = max(10 * damping, 1e-12)
 
 
 def _banded_solve(bands: NDArray, right: NDArray, damping: float) -> NDArray:
-    while True:
-        try:
-            factor = cholesky_banded(_lift(bands, damping), lower=True, check_finite=False)
-            return cho_solve_banded((factor, True), right, check_finite=False)
-        except LinAlgError:
-            # Rounding made the matrix indefinite: more damping cures that.
-            damping = max(10 * damping, 1e-10)
+    return cho_solve_banded((_banded_factor(bands, damping), True), right, check_finite=False)
 
 
 def _inverse(bands: NDArray) -> NDArray:

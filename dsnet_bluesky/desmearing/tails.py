@@ -53,7 +53,9 @@ class Tails:
         self.form = form
         self._first = q.size - max(5, q.size // 10) if start is None else int(np.searchsorted(q, start))
         if q.size - self._first < 2:
-            raise BadInput(f"extrapolation_start is {start:g} 1/nm and q ends at {q[-1]:.4g}: fewer than 2 points are left to fit.")
+            raise BadInput(
+                f"extrapolation_start is {start:g} 1/nm and q ends at {q[-1]:.4g}: fewer than 2 points are left to fit."
+            )
         self._q = q
         self._below, self._above = q_calc[q_calc < q[0]], q_calc[q_calc > q[-1]]
         inside = q_calc[(q_calc >= q[0]) & (q_calc <= q[-1])]
