@@ -14,6 +14,11 @@ The grid
     from its end points: as a line in q^2 at low q (Guinier), as a line in ln q
     at high q (a power law), each with the slope of the tenth of the points next to it.
 
+The units
+    The published network is given ln I as it is, in 1/cm, and is not indifferent to
+    a factor. A curve that leaves the trained range of ln I by more than a quarter of
+    it (counts, other units) is moved to its middle and back, and flagged OUT_OF_RANGE.
+
 Uncertainty
     The paper gives none, and a network that has been fitted to one curve until
     its re-smeared answer agrees knows nothing of its own error. `Idev` is NaN.
@@ -41,6 +46,9 @@ __all__ = ["DSNetPaper"]
 
 Floats = NDArray[np.floating[Any]]
 Smear = Callable[[Tensor], Tensor]
+
+NEAR = 0.25
+"""How far ln I may leave the trained range, as a share of it, before the curve is moved."""
 
 END_SHARE = 0.1
 """Share of the points at each end whose slope is carried on beyond it."""
@@ -135,18 +143,16 @@ class DSNetPaper:
         return Solution(I_calc=I_calc, Idev=np.full(I.shape, np.nan), Qdev=None, flags=flags, attrs=attrs)
 
     def _offset(self, log_measured: Floats) -> float:
-        """What to add to ln I so that it lies in the trained range; zero where it does already.
-
-        The published network is given ln I as it is, in 1/cm. Counts, or other
-        units, lie where it has seen nothing; moved into the middle they do not.
-        """
+        """What to add to ln I to bring it to where the network was trained; zero for curves near there."""
         low, high = self.model.card["ranges"]["ln_I"]
-        if log_measured.min() >= low and log_measured.max() <= high:
+        least, most = float(log_measured.min()), float(log_measured.max())
+        margin = NEAR * (high - low)
+        if least >= low - margin and most <= high + margin:
             return 0.0
-        return float((low + high) / 2 - (log_measured.min() + log_measured.max()) / 2)
+        return (low + high) / 2 - (least + most) / 2
 
     def _flags(self, moved: bool) -> Flag:
-        """OUT_OF_RANGE for grids and intensities that were not trained, and for such operators where nothing adapts."""
+        """OUT_OF_RANGE for grids and intensities that were not trained, and for operators where nothing adapts to them."""
         ranges = self.model.card["ranges"]
         low, high = ranges["q"]
         tolerance = 0.01 * (high - low)

@@ -442,7 +442,7 @@ def write_history(directory: Path, history: list[Epoch], best: Epoch, untreated:
     axes = figure.subplots()
     axes.semilogy(epochs, [e.training for e in history], label="training")
     axes.semilogy(epochs, [e.validation for e in history], label="validation")
-    axes.axhline(untreated, color="0.5", ls="--", label="validation curves as measured (smeared)")
+    axes.axhline(untreated, color="0.5", ls="--", label="validation curves, left smeared")
     axes.plot(best.epoch, best.validation, "o", color="C1", mfc="none", label=f"kept: epoch {best.epoch}, {best.validation:.3g}")
     axes.set(xlabel="epoch", ylabel="mean squared error of ln I", xlim=(0, epochs[-1] * 1.02))
     axes.grid(alpha=0.3)
