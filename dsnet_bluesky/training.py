@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .data import BadInput
@@ -379,7 +379,7 @@ class TrainingState:
 def write_model(directory: Path, recipe: Recipe, curves: Curves, state: TrainingState) -> None:
     """Write the folder of a trained model; the card comes last, so a folder with a card is complete."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.best.items()}
-    save_file(weights, directory / WEIGHTS)
+    (directory / WEIGHTS).write_bytes(save(weights))  # save_file would let nobody else read it
     (directory / "recipe.toml").write_text(recipe.source, encoding="utf-8")
     write_history(directory, state.history, state.best_epoch, curves.untreated)
     card = describe(recipe, curves, state, sha256_of(directory / WEIGHTS))

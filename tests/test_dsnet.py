@@ -56,7 +56,7 @@ def test_each_curve_starts_from_the_released_weights(smearing):
     method = DSNetPaper(smearing, iterations=3)
     together = method(I, I).I_calc
     np.testing.assert_array_equal(method(I, I).I_calc, together)
-    np.testing.assert_array_equal(method(I[1:], I[1:]).I_calc[0], together[1])
+    np.testing.assert_allclose(method(I[1:], I[1:]).I_calc[0], together[1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("q", [np.linspace(0.05, 3, 301), np.geomspace(0.02, 4, 700), np.linspace(0.01, 5.01, 1001)])
