@@ -17,7 +17,6 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    import click
     import xarray as xr
 
     from .smearing import Smearing
@@ -40,7 +39,7 @@ OVERFIT = 0.1
 class Commands(TyperGroup):
     """Commands that answer unusable input with one line on stderr and status 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
             return super().invoke(ctx)
@@ -76,9 +75,7 @@ def main(
 
 @app.command()
 def desmear(
-    curve: Annotated[
-        Path, typer.Argument(help="canSAS XML, NXcanSAS, or text with the columns Q I [dI [dQ]].", show_default=False)
-    ],
+    curve: Annotated[Path, typer.Argument(help="canSAS XML, NXcanSAS, or text: Q, I and perhaps dI and dQ.", show_default=False)],
     method: Annotated[str, typer.Option("--method", "-m", help="lake, wiener, map, ift or dsnet-paper.")] = "map",
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method; repeatable.")
@@ -300,7 +297,7 @@ def _report(measured: xr.Dataset, smearing: Smearing, result: xr.Dataset, writte
     table.add_row("curve", str(measured.attrs["title"] or measured.attrs["file"]))
     table.add_row("q", f"{q.size} points, {q[0]:.4g} to {q[-1]:.4g} 1/nm (unit of the file: {units})")
     table.add_row("smearing", _smearing_words(smearing))
-    table.add_row("method", f"{result.attrs['method']} {result.attrs['options']}")
+    table.add_row("method", _method_words(result))
     chi2 = [float(value) for value in result["chi2"].values.ravel()]
     table.add_row("chi2", ", ".join(f"{value:.3g}" for value in chi2))
     for note in _notes(measured, result, chi2):
@@ -311,9 +308,14 @@ def _report(measured: xr.Dataset, smearing: Smearing, result: xr.Dataset, writte
 
 
 def _smearing_words(smearing: Smearing) -> str:
-    width = smearing.widths
-    given = ", ".join(f"{name} {value:.4g}" for name, value in smearing.parameters.items() if isinstance(value, float))
-    return f"{smearing.kind} ({given} 1/nm), rms width {width.min():.3g} to {width.max():.3g} 1/nm"
+    names = {"length": "half-length", "width": "half-width", "dq_mean": "mean dQ"}
+    given = ", ".join(f"{names.get(k, k)} {v:.4g} 1/nm" for k, v in smearing.parameters.items() if isinstance(v, float))
+    return f"{smearing.kind}: {given}; standard deviation {smearing.widths.min():.3g} to {smearing.widths.max():.3g} 1/nm"
+
+
+def _method_words(result: xr.Dataset) -> str:
+    options = ", ".join(f"{name} = {value}" for name, value in json.loads(result.attrs["options"]).items())
+    return f"{result.attrs['method']} ({options})" if options else str(result.attrs["method"])
 
 
 def _notes(measured: xr.Dataset, result: xr.Dataset, chi2: list[float]) -> list[str]:

@@ -3,9 +3,10 @@
 Whatever the file's unit, q comes out in 1/nm. Nothing is repaired in silence:
 what was dropped, estimated or assumed stands in the curve's attributes.
 
-canSAS XML goes through sasdata's reader. NXcanSAS is read with h5py by the names
-of its fields, because sasdata tells dQw from dQl by their order in the attribute,
-and gives every frame of a stack the intensities of the last.
+The readers are our own, and tested against sasdata's: that one turns NaN in XML
+into 0, sorts the points, refuses a dQl without a unit, tells dQw from dQl in HDF5
+by their order in an attribute, and gives every frame of a stack the intensities of
+the last.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 import h5py
 import numpy as np
-from sasdata.dataloader.data_info import Data1D
-from sasdata.dataloader.readers.cansas_reader import Reader
 
 from dsnet_bluesky.data import BadInput
 
@@ -17,55 +19,75 @@ from .units import intensity_units, per_nm
 
 
 def read_xml(path: Path, entry: str | int | None) -> Columns:
-    """Read canSAS 1D XML with sasdata, the points as they stand in the file."""
-    found = _load_xml(path)
-    data = found[choose([_xml_name(d) for d in found], entry)]
-    slits = {"dQl": present(data.dxl), "dQw": present(data.dxw), "Qdev": present(data.dx)}
+    """Read one SASdata of a canSAS XML file, of any version."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise BadInput(f"the XML is not well-formed ({error}).") from error
+    found = [(owner, data) for owner in _children(root, "SASentry") for data in _children(owner, "SASdata")]
+    if not found:
+        raise BadInput(f"the XML file holds no canSAS data (SASroot / SASentry / SASdata); its root is <{_tag(root)}>.")
+    names = [data.get("name") or _words_of(owner, "Run") or _words_of(owner, "Title") or "entry" for owner, data in found]
+    number = choose(names, entry)
+    owner, data = found[number]
+    rows = list(_children(data, "Idata"))
+    if not rows:
+        raise BadInput(f"the entry {names[number]!r} holds no Idata.")
+    q_units = _xml_units(rows, "Q")
     return Columns(
-        np.asarray(data.x, dtype=float),
-        np.asarray(data.y, dtype=float),
-        present(data.dy),
-        {name: values for name, values in slits.items() if values is not None},
-        q_units=data._xunit or None,
-        I_units=intensity_units(data._yunit),
-        title=data.title or "",
-        sample=str(data.sample.name or ""),
-        entry=_xml_name(data),
+        _xml_column(rows, "Q"),
+        _xml_column(rows, "I"),
+        present(_xml_column(rows, "Idev")),
+        _xml_resolution(rows, q_units),
+        q_units=q_units,
+        I_units=intensity_units(_xml_units(rows, "I")),
+        title=_words_of(owner, "Title"),
+        sample=next((_words_of(node, "ID") or node.get("name", "") for node in _children(owner, "SASsample")), ""),
+        entry=names[number],
     )
 
 
-def _xml_name(data: Any) -> str:
-    return (str(data.run[0]) if data.run and data.run[0] else "") or data.title or "entry"
+def _tag(node: Element) -> str:
+    """Tag without its namespace, which differs between versions."""
+    return node.tag.rpartition("}")[2]
 
 
-class _AsStored(Reader):
-    """sasdata's reader, which leaves the points in the order of the file and NaN among them."""
-
-    def sort_data(self) -> None: ...
+def _children(node: Element, tag: str) -> Iterator[Element]:
+    return (child for child in node if _tag(child) == tag)
 
 
-def _load_xml(path: Path) -> list[Any]:
-    reader = _AsStored()
+def _words_of(node: Element, tag: str) -> str:
+    child = next(_children(node, tag), None)
+    return " ".join((child.text or "").split()) if child is not None else ""
+
+
+def _xml_column(rows: list[Element], tag: str) -> Floats:
+    """Numbers of one kind, NaN where there is none; empty if no row has any."""
+    values = np.array([_number(_words_of(row, tag)) for row in rows])
+    return values if any(next(_children(row, tag), None) is not None for row in rows) else np.empty(0)
+
+
+def _number(text: str) -> float:
     try:
-        found = [data for data in reader.read(str(path)) if isinstance(data, Data1D)]
-    except Exception as error:
-        # sasdata raises TypeError, KeyError, lxml's errors and its own: all mean that it cannot read this file.
-        raise BadInput(
-            f"sasdata cannot read it as canSAS 1D XML: {_reason(reader, error)}; "
-            "mend the file, or give the curve as columns of text."
-        ) from error
-    if not found:
-        raise BadInput("the XML file holds no one-dimensional canSAS data (SASentry with SASdata).")
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _xml_units(rows: list[Element], tag: str) -> str | None:
+    units = {node.get("unit", "") for row in rows for node in _children(row, tag)} - {""}
+    if len(units) > 1:
+        raise BadInput(f"the values of {tag} are given in several units ({', '.join(sorted(units))}).")
+    return units.pop() if units else None
+
+
+def _xml_resolution(rows: list[Element], q_units: str | None) -> dict[str, Floats]:
+    found: dict[str, Floats] = {}
+    for name in RESOLUTIONS:
+        values, units = present(_xml_column(rows, name)), _xml_units(rows, name)
+        if values is not None:
+            found[name] = values * (per_nm(units) / per_nm(q_units) if units and q_units else 1.0)
     return found
-
-
-def _reason(reader: Reader, error: Exception) -> str:
-    """Say what the schema objects to, else what the reader said."""
-    if reader.xmlroot is not None and reader.schema is not None:
-        objection = str(reader.find_invalid_xml() or "").strip()
-        if objection:
-            return objection
-    return f"{type(error).__name__}: {error.__context__ or error}"
 
 
 def read_nxcansas(path: Path, entry: str | int | None) -> Columns:
@@ -144,9 +166,10 @@ def _values(dataset: Any) -> Floats:
 
 def _words(node: Any, *names: str) -> list[str]:
     """Return the words of the first attribute present: a string, several with commas, or an array of strings."""
+    attributes = getattr(node, "attrs", {})  # a broken link is None
     for name in names:
-        if name in node.attrs:
-            value = node.attrs[name]
+        if name in attributes:
+            value = attributes[name]
             words = [_string(v) for v in np.atleast_1d(value).ravel()]
             return [part.strip() for word in words for part in word.split(",")]
     return []

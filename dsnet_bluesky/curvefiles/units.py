@@ -45,12 +45,14 @@ def _pint_words(units: str) -> str:
 
 
 def intensity_units(units: str | None) -> str:
-    """Return a unit of I that pint parses; "1" where the file's word is none."""
+    """Return a unit of I that pint parses; "1" where the file's word is none ("Counts", "a.u.")."""
     try:
-        return f"{_registry().Unit(_pint_words(units or '1')):~C}" or "1"
+        unit = _registry().Unit(_pint_words(units or "1"))
     except Exception:
-        # As above: a unit such as "a.u." or "Counts" says no more than "1" does.
+        # As above, pint raises errors of many kinds.
         return "1"
+    absolute = any(unit.is_compatible_with(known) for known in ("1/cm", "cm^2/g"))
+    return f"{unit:~C}" if absolute else "1"
 
 
 def units_in(text: str) -> str | None:
