@@ -293,15 +293,25 @@ class DesmearCallback:
                 self.statistics.abandoned.append(run_uid)
 
     def _attempt(self, action: Callable[[str], bool], run_uid: str) -> bool:
+        """Do something with a run of the catalog; False if it is worth another attempt."""
         try:
             return action(run_uid)
         except (KeyError, *CATALOG_AWAY) as error:
             # The run may still be on its way into the catalog, or the catalog away.
             logger.debug("Run %s cannot be had from the catalog yet (%r).", run_uid, error)
             return False
+        except BadInput as error:
+            logger.warning("Run %s: %s", run_uid, error)
+        except Exception:
+            logger.exception("Run %s could not be handled.", run_uid)
+            self.statistics.errors += 1
+            self.statistics.abandoned.append(run_uid)
+        return True
 
     def _register(self, run_uid: str) -> bool:
         run = self._raw[run_uid]
+        if run.metadata.get("stop") is None:
+            return False
         what = purpose(run.metadata["start"])
         if what is not None:
             derived.register_curves(self._client, run)

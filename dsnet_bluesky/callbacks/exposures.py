@@ -44,7 +44,7 @@ class ExposureRouter:
 
     def __init__(self, on_exposure: Callable[[Exposure], None]):
         self._on_exposure = on_exposure
-        self._router = RunRouter([self._new_run], filler_class=_Unfilled)
+        self._router = RunRouter([self._new_run], filler_class=_Unfilled)  # type: ignore[arg-type]
 
     def __call__(self, name: str, doc: dict[str, Any]) -> None:
         """Take a document.
