@@ -118,9 +118,10 @@ def _publish(temporary: Path, path: Path) -> None:
     temporary.replace(path)
 
 
-def _complete(exposures: xr.Dataset) -> list[xr.Dataset]:
-    rows = [exposures.isel(exposure=i) for i in range(exposures.sizes["exposure"])]
-    complete = [row for row in rows if "status" not in row or str(row["status"].item()) == "ok"]
+def _complete(exposures: xr.Dataset) -> dict[int, xr.Dataset]:
+    """Return the complete exposures by their numbers, from 1."""
+    rows = {i + 1: exposures.isel(exposure=i) for i in range(exposures.sizes["exposure"])}
+    complete = {number: row for number, row in rows.items() if "status" not in row or str(row["status"].item()) == "ok"}
     if not complete:
         raise BadInput("No exposure of this result is complete: there is nothing to export.")
     return complete
@@ -142,9 +143,13 @@ def _terms(dataset: xr.Dataset, process: Mapping[str, Any], smearing: Smearing |
     return {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in everything.items()}
 
 
-def _write_root(file: h5py.File, exposures: list[xr.Dataset], smearing: Smearing | None, attributes: Mapping[str, Any]) -> None:
-    file.attrs.update(NX_class="NXroot", default="sasentry01", creator=f"dsnet-bluesky {__version__}", file_time=_now())
-    for number, exposure in enumerate(exposures, start=1):
+def _write_root(
+    file: h5py.File, exposures: Mapping[int, xr.Dataset], smearing: Smearing | None, attributes: Mapping[str, Any]
+) -> None:
+    file.attrs.update(
+        NX_class="NXroot", default=f"sasentry{min(exposures):02d}", creator=f"dsnet-bluesky {__version__}", file_time=_now()
+    )
+    for number, exposure in exposures.items():
         entry = _group(file, f"sasentry{number:02d}", "NXentry", "SASentry", version="1.1")
         title = attributes["title"] if len(exposures) == 1 else f"{attributes['title']}, exposure {number}"
         entry["definition"] = "NXcanSAS"
