@@ -23,9 +23,12 @@ from numpy.typing import NDArray
 
 from .data import BadInput
 
-__all__ = ["HDF5_MIMETYPE", "FrameReference", "count", "path_of", "read"]
+__all__ = ["FABIO_MIMETYPE", "HDF5_MIMETYPE", "FrameReference", "count", "path_of", "read"]
 
 HDF5_MIMETYPE = "application/x-hdf5"
+
+FABIO_MIMETYPE = "application/x-fabio"
+"""Of what fabio reads, where a detector says nothing more precise."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class FrameReference:
     uri
         ``file://`` URI of the file, or of one file of a sequence.
     mimetype
-        ``application/x-hdf5``, or anything else for what fabio reads.
+        ``application/x-hdf5``, or anything else (``application/x-fabio``) for what fabio reads.
     parameters
         Of the stream resource: `dataset` is the path inside an HDF5 file.
     start, stop

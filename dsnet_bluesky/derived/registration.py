@@ -1,0 +1,204 @@
+"""Registering what the server shows of raw runs on demand: curves and PSFs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tiled.client.utils import ClientError
+from tiled.structures.core import Spec, StructureFamily
+from tiled.structures.data_source import Asset, DataSource, Management
+
+import dsnet_bluesky.derived.fabio  # noqa: F401 - teaches TiledWriter a MIME type
+from dsnet_bluesky.adapters import CURVE_MIMETYPE, MASK, PSF_MIMETYPE
+from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.derived.catalog import CONFLICT, access_tags_of, mount
+from dsnet_bluesky.documents import Instrument, purpose
+from dsnet_bluesky.frames import FrameReference, count, path_of
+
+__all__ = ["register_all", "register_curves", "register_psf"]
+
+INTERNAL_SERVER_ERROR = 500
+
+
+def register_curves(client: Any, run: Any, *, instrument: Instrument | None = None) -> Any:
+    """Let the server show a run's curves at ``/curves/<uid>``.
+
+    May be called while the run goes on: frames that a file gains later are shown
+    too; files that a run gains later are shown after the next call.
+
+    Parameters
+    ----------
+    client
+        Tiled client of the server's root.
+    run
+        ``client["raw"][uid]``.
+    instrument
+        In place of what the run recorded.
+
+    Returns
+    -------
+    tiled.client.container.Container
+        The node; ``.read()`` gives the curves as a Dataset with dims (exposure, q).
+
+    Raises
+    ------
+    BadInput
+        If the run holds no frames or no geometry, or the server cannot read its files.
+    """
+    frames = _raw_frames(run, instrument)
+    return _register(client, "curves", run, frames, CURVE_MIMETYPE, "dsnet_curve")
+
+
+def register_psf(client: Any, run: Any, *, instrument: Instrument | None = None) -> Any:
+    """Let the server show the PSF of a direct-beam run at ``/psfs/<uid>``; see `register_curves`.
+
+    Raises
+    ------
+    BadInput
+        If the run is not a direct beam, or as `register_curves`.
+    """
+    what = purpose(run.metadata["start"])
+    if what != "direct_beam":
+        raise BadInput(f"Run {run.item['id']} has the purpose {what!r}; a PSF is measured in runs of purpose 'direct_beam'.")
+    frames = _raw_frames(run, instrument)
+    return _register(client, "psfs", run, frames, PSF_MIMETYPE, "dsnet_psf")
+
+
+def register_all(client: Any) -> dict[str, int]:
+    """Register every run of ``/raw`` that lacks its curves or its PSF.
+
+    Parameters
+    ----------
+    client
+        Tiled client of the server's root.
+
+    Returns
+    -------
+    dict
+        Numbers of `curves` and `psfs` registered now, and of runs `skipped`
+        because they hold no frames, no geometry, or files that cannot be read.
+    """
+    counts = {"curves": 0, "psfs": 0, "skipped": 0}
+    curves, psfs = set(mount(client, "curves")), set(mount(client, "psfs"))
+    raw = mount(client, "raw")
+    for uid in raw:
+        run = None if uid in curves and uid in psfs else raw[uid]
+        if run is None or (uid in curves and purpose(run.metadata["start"]) != "direct_beam"):
+            continue
+        try:
+            if uid not in curves:
+                register_curves(client, run)
+                counts["curves"] += 1
+            if uid not in psfs and purpose(run.metadata["start"]) == "direct_beam":
+                register_psf(client, run)
+                counts["psfs"] += 1
+        except BadInput:
+            counts["skipped"] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class _RawFrames:
+    """The frames of a run: their node, where they are, and the state of the instrument."""
+
+    node: Any
+    source: DataSource
+    instrument: Instrument
+
+    @property
+    def per_exposure(self) -> int:
+        """Frames of an event; they are summed."""
+        return int(np.prod(self.node.shape[1:-2]))
+
+
+def _raw_frames(run: Any, instrument: Instrument | None) -> _RawFrames:
+    container = run.base
+    for stream in sorted(container, key=lambda name: name != "primary"):
+        metadata = container[stream].metadata
+        for key, described in metadata.get("data_keys", {}).items():
+            if "external" in described and _is_image(described.get("shape") or ()):
+                try:
+                    node = container[stream, key].include_data_sources()
+                except KeyError:
+                    continue  # the stream has begun, but no frame has come yet
+                return _RawFrames(node, node.data_sources()[0], instrument or _instrument(metadata))
+    raise BadInput(f"Run {run.item['id']} holds no frames: no stream with an image that was written to a file.")
+
+
+def _is_image(shape: Sequence[int]) -> bool:
+    return len(shape) >= 2 and shape[-1] > 1 and shape[-2] > 1
+
+
+def _instrument(stream: Mapping[str, Any]) -> Instrument:
+    """Read the state of the instrument from a stream's metadata, which holds later descriptors as updates."""
+    first = Instrument.from_configuration(stream["configuration"])
+    for update in stream.get("_config_updates", []):
+        if Instrument.from_configuration({**stream["configuration"], **update.get("configuration", {})}) != first:
+            raise BadInput("The instrument was changed within the run; curves are shown of runs with one state only.")
+    return first
+
+
+def _register(client: Any, where: str, run: Any, frames: _RawFrames, mimetype: str, spec: str) -> Any:
+    parent, uid = mount(client, where), run.item["id"]
+    source = _data_source(frames, mimetype)
+    with contextlib.suppress(KeyError):
+        existing = parent[uid].include_data_sources()
+        if len(existing.data_sources()[0].assets) >= len(source.assets):
+            return existing
+        parent.delete_contents(uid)  # the record only: the files are not ours
+    _check_readable(frames)
+    start = run.metadata["start"]
+    attrs = {key: start[key] for key in ("sample", "purpose", "scan_id") if key in start}
+    try:
+        return parent.new(
+            StructureFamily.container,
+            [source],
+            key=uid,
+            metadata={**attrs, "raw_uid": uid, "attrs": {**attrs, "raw_uid": uid}},
+            specs=[Spec(spec, version="1"), Spec("xarray_dataset")],
+            access_tags=access_tags_of(run),
+        )
+    except ClientError as error:
+        if error.response.status_code != CONFLICT:
+            raise
+        return parent[uid]  # somebody else registered it in this moment
+
+
+def _data_source(frames: _RawFrames, mimetype: str) -> DataSource:
+    raw, mask = frames.source, frames.instrument.mask
+    assets = [Asset(asset.data_uri, False, "data_uris", num=number) for number, asset in enumerate(raw.assets)]
+    if mask:
+        assets.append(Asset(mask, False, MASK))
+    return DataSource(
+        structure_family=StructureFamily.container,
+        structure=None,
+        mimetype=mimetype,
+        parameters={
+            "frames": {"mimetype": raw.mimetype, "parameters": raw.parameters, "per_exposure": frames.per_exposure},
+            "instrument": frames.instrument.to_configuration(),
+        },
+        assets=assets,
+        management=Management.external,
+    )
+
+
+def _check_readable(frames: _RawFrames) -> None:
+    """Read one pixel through the server: what it may not read now would be an internal server error later."""
+    uri = frames.source.assets[0].data_uri
+    with contextlib.suppress(FileNotFoundError):
+        if path_of(uri).stat():
+            count(FrameReference(uri, str(frames.source.mimetype), frames.source.parameters))
+    corner = ",".join("0:1" for _ in frames.node.shape)
+    http = frames.node.context.http_client
+    if http.get(frames.node.item["links"]["full"], params={"slice": corner}).status_code < INTERNAL_SERVER_ERROR:
+        return
+    folder = path_of(uri).parent
+    raise BadInput(
+        f"The server cannot read {uri}. Either it does not see that file, or may not read from there: add {folder} to "
+        "readable_storage of /raw, /curves and /psfs in its configuration, or start it with "
+        f"`dsnet-bluesky serve --readable {folder}`."
+    )

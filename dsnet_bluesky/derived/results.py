@@ -1,0 +1,252 @@
+"""Writing results under ``/desmeared``: each once, exposure by exposure, complete last."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from tiled.client.utils import ClientError
+from tiled.structures.array import ArrayStructure
+from tiled.structures.core import Spec, StructureFamily
+from tiled.structures.data_source import DataSource
+
+from dsnet_bluesky.data import BadInput, concat_exposures, exposures_of, failed_exposure
+from dsnet_bluesky.derived.catalog import CONFLICT, access_tags_of, mount
+
+__all__ = ["LEASE", "AlreadyStored", "ResultWriter"]
+
+STATUS_DTYPE = "<U8"
+
+LEASE = 6 * 3600.0
+"""Seconds after which a result that another machine began, and has not touched since, counts as abandoned."""
+
+RESULT_SPECS = [Spec("dsnet_desmeared", version="1"), Spec("xarray_dataset")]
+"""Tiled takes the first spec that a client knows: ours, where this package is installed."""
+
+
+class AlreadyStored(Exception):
+    """A result of this identity is there already; results are written once.
+
+    Attributes
+    ----------
+    key
+        Of the node.
+    status
+        complete, failed, or running: somebody else is writing it now.
+    """
+
+    def __init__(self, key: str, status: str):
+        self.key, self.status = key, status
+        super().__init__(f"The result {key} exists already (status {status}).")
+
+
+class ResultWriter:
+    """One result under ``/desmeared``, filled exposure by exposure; make it with `create`.
+
+    A result is a container of arrays that reads as a Dataset with dims (exposure, q),
+    also with a plain Tiled client. Its metadata say `status` (running, complete or
+    failed), `reason`, the number of `exposures` and which of them failed (`failures`).
+    A result that failed as a whole holds no arrays: it reads as an empty Dataset
+    whose attributes hold `status` and `reason`. Nothing is changed after `complete`
+    or `fail`.
+
+    While it runs, arrays grow one after the other: the client of `queries` reads the
+    exposures that all of them hold.
+    """
+
+    def __init__(self, node: Any, access_tags: list[str] | None):
+        self.node = node
+        self.exposures = 0
+        self._access_tags = access_tags
+        self._arrays: dict[str, Any] = {}
+        self._q: np.ndarray | None = None
+        self._attrs: dict[str, Any] = dict(node.metadata["attrs"])
+        self._failures: list[dict[str, Any]] = []
+        self._pending: list[str] = []
+
+    @classmethod
+    def create(
+        cls, client: Any, key: str, metadata: Mapping[str, Any], *, access_tags: Sequence[str] | None = None
+    ) -> ResultWriter:
+        """Create the node of a result.
+
+        A node that a crash left behind (`running`, and nobody writes it any more) is
+        removed and begun again. Nobody does if its writer was a process of this machine
+        that is gone, or has not touched it for `LEASE` seconds.
+
+        Parameters
+        ----------
+        client
+            Tiled client of the server's root.
+        key
+            Of `documents.result_key`.
+        metadata
+            Of `documents.result_metadata`.
+        access_tags
+            Those of the raw run if not given.
+
+        Raises
+        ------
+        AlreadyStored
+            If the result is there, or being written.
+        """
+        parent = mount(client, "desmeared")
+        tags = list(access_tags) if access_tags else _tags_of_raw(client, metadata["raw_uid"])
+        full = {
+            **metadata,
+            "status": "running",
+            "exposures": 0,
+            "failures": [],
+            "writer": {"host": socket.gethostname(), "pid": os.getpid()},
+            "updated": time.time(),
+            "attrs": {"status": "running", "raw_uid": metadata["raw_uid"], "method": metadata["method"]},
+        }
+        for last in (False, True):
+            try:
+                node = parent.create_container(key=key, metadata=full, specs=RESULT_SPECS, access_tags=tags)
+            except ClientError as error:
+                if error.response.status_code != CONFLICT:
+                    raise
+                _clear_abandoned(parent, key, give_up=last)
+            else:
+                writer = cls(node.base, tags)
+                _open_writers[key] = writer
+                return writer
+        raise AssertionError("unreachable: the second conflict raises AlreadyStored")
+
+    def append(self, dataset: xr.Dataset) -> None:
+        """Append exposures; if it raises, the same exposures may be appended again.
+
+        Parameters
+        ----------
+        dataset
+            Of `desmearing.desmear`, with or without the dimension exposure, on the q of those before.
+
+        Raises
+        ------
+        BadInput
+            If its q is another.
+        """
+        rows = exposures_of(dataset)
+        q = rows["q"].values
+        if self._q is not None and not np.array_equal(q, self._q):
+            raise BadInput(f"The exposures of a result share one q; these have {q.size} points, those before {self._q.size}.")
+        self._attrs |= {name: value for name, value in dataset.attrs.items() if name not in self._attrs}
+        earlier = [failed_exposure(q, str(rows["I"].attrs.get("units", "1"))) for _ in self._pending]
+        self._write(concat_exposures([*earlier, rows]) if earlier else rows, self._pending)
+        self._pending = []
+
+    def append_failure(self, reason: str) -> None:
+        """Append an exposure that failed: a row of NaN, with its status and reason."""
+        if self._q is None:
+            self._pending.append(reason)  # its row is written when the first good exposure gives q
+            return
+        units = self._arrays["I"].metadata["attrs"].get("units", "1")
+        self._write(failed_exposure(self._q, units), [reason])
+
+    def complete(self) -> None:
+        """Declare the result complete; without a single good exposure it fails, for the reason of the first."""
+        if self._q is None:
+            self.fail(self._pending[0] if self._pending else "The run holds no exposure.")
+        else:
+            self._close("complete", None)
+
+    def fail(self, reason: str) -> None:
+        """Declare that the result failed as a whole."""
+        self._close("failed", reason)
+
+    def _close(self, status: str, reason: str | None) -> None:
+        said = {"status": status, **({"reason": reason} if reason else {})}
+        self._attrs |= said
+        self._update(**said)
+        _open_writers.pop(self.node.item["id"], None)
+
+    def _write(self, rows: xr.Dataset, reasons: Sequence[str]) -> None:
+        # The status comes last: an exposure without one is not complete.
+        names = sorted(map(str, rows.variables), key=lambda name: name == "status")
+        for name in names:
+            self._put(name, rows[name])
+        failures = [{"exposure": self.exposures + i, "reason": reason} for i, reason in enumerate(reasons)]
+        self._update(exposures=self.exposures + rows.sizes["exposure"], failures=self._failures + failures)
+        self.exposures += rows.sizes["exposure"]
+        self._failures += failures
+        self._q = rows["q"].values
+
+    def _put(self, name: str, values: xr.DataArray) -> None:
+        array = values.values.astype(STATUS_DTYPE) if name == "status" else values.values
+        if name not in self._arrays:
+            self._arrays[name] = self._create_array(name, values, array)
+        elif "exposure" not in values.dims:
+            return  # q is there already
+        offset = (self.exposures,) if "exposure" in values.dims else (0,)
+        self._arrays[name].patch(array, offset=offset, extend=True)
+
+    def _create_array(self, name: str, values: xr.DataArray, array: np.ndarray) -> Any:
+        chunks = tuple((1,) * size if dim == "exposure" else (size,) for dim, size in values.sizes.items())
+        structure = ArrayStructure.from_array(array, chunks=chunks, dims=tuple(map(str, values.dims)))
+        try:
+            return self.node.new(
+                StructureFamily.array,
+                [DataSource(structure=structure, structure_family=StructureFamily.array)],
+                key=name,
+                metadata={"attrs": values.attrs},
+                specs=[Spec("xarray_coord" if name in values.coords else "xarray_data_var")],
+                access_tags=self._access_tags,
+            )
+        except ClientError as error:
+            if error.response.status_code != CONFLICT:
+                raise
+            return self.node[name]  # an attempt before this one got as far as here
+
+    def _update(self, **changes: Any) -> None:
+        changes = {**changes, "updated": time.time(), "attrs": self._attrs}
+        self.node.update_metadata(changes, drop_revision=True)
+
+
+_open_writers: weakref.WeakValueDictionary[str, ResultWriter] = weakref.WeakValueDictionary()
+"""Results that this process is writing."""
+
+
+def _tags_of_raw(client: Any, raw_uid: str) -> list[str] | None:
+    try:
+        return access_tags_of(client["raw"][raw_uid])
+    except KeyError:
+        return None
+
+
+def _clear_abandoned(parent: Any, key: str, *, give_up: bool) -> None:
+    """Remove a node that nobody writes any more, or raise AlreadyStored."""
+    try:
+        metadata = parent[key].metadata
+    except KeyError:
+        return  # removed by somebody else in this moment
+    if give_up or metadata["status"] != "running" or _is_written(key, metadata):
+        raise AlreadyStored(key, metadata["status"])
+    with contextlib.suppress(ClientError):  # somebody else was faster: the next attempt to create tells
+        parent.delete_contents(key, recursive=True, external_only=False)
+
+
+def _is_written(key: str, metadata: Mapping[str, Any]) -> bool:
+    writer = metadata["writer"]
+    if writer["host"] != socket.gethostname():
+        return time.time() - metadata["updated"] < LEASE
+    if writer["pid"] == os.getpid():
+        return key in _open_writers
+    return _is_alive(writer["pid"])
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,150 @@
+"""Fixtures that more than one test module uses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Of Tiled's client: a request that fails here fails at once, not after ten attempts.
+os.environ.setdefault("TILED_RETRY_ATTEMPTS", "1")
+
+import fabio.edfimage
+import numpy as np
+import pytest
+from bluesky import RunEngine
+from tiled.client import from_context
+from tiled.client.context import Context
+from tiled.config import Config
+from tiled.server.app import build_app_from_config
+
+from dsnet_bluesky.server import Server, configuration
+
+SHAPE = (120, 100)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog database without nodes; making one takes seconds, copying it nothing."""
+    path = tmp_path_factory.mktemp("database") / "catalog.db"
+    subprocess.run([sys.executable, "-m", "tiled", "catalog", "init", f"sqlite:///{path}"], check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture
+def data_directory(tmp_path: Path) -> Path:
+    """Where the server of `client` keeps its data; detectors may write into ``detector``."""
+    path = tmp_path / "data"
+    (path / "detector").mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def detector_directory(data_directory: Path) -> Path:
+    """Where files must lie for the server of `client` to read them."""
+    return data_directory / "detector"
+
+
+@pytest.fixture
+def make_client(data_directory: Path, empty_database: Path) -> Iterator[Callable[..., Any]]:
+    """Make a client of the embedded configuration's trees, served in this process; arguments change the configuration."""
+    contexts: list[Context] = []
+
+    def make(**changes: Any) -> Any:
+        shutil.copy(empty_database, data_directory / "catalog.db")
+        config = configuration(data_directory) | changes
+        for tree in config["trees"]:
+            tree["args"].pop("init_if_not_exists", None)
+        context = Context.from_app(build_app_from_config(Config.model_validate(config)))
+        contexts.append(context)
+        context.__enter__()
+        return from_context(context)
+
+    yield make
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(make_client: Callable[..., Any]) -> Any:
+    """Root of the embedded configuration's trees, served in this process and empty."""
+    return make_client()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server process with the embedded configuration, shared by all tests: give each run a uid of its own."""
+    with Server(tmp_path_factory.mktemp("served")) as server:
+        yield server
+
+
+@pytest.fixture
+def RE() -> Iterator[RunEngine]:
+    """A RunEngine that halts, and whose loop stops, when the test ends."""
+    engine = RunEngine({})
+    yield engine
+    if engine.state not in ("idle", "panicked"):
+        engine.halt()
+    engine.loop.call_soon_threadsafe(engine.loop.stop)
+    engine._th.join()
+    engine.loop.close()
+
+
+@pytest.fixture
+def poni() -> dict[str, Any]:
+    """Geometry of a small detector without gaps, the beam in its middle."""
+    pixel = 1e-3
+    return {
+        "poni_version": 2.1,
+        "dist": 0.8,
+        "poni1": SHAPE[0] / 2 * pixel,
+        "poni2": SHAPE[1] / 2 * pixel,
+        "rot1": 0.0,
+        "rot2": 0.0,
+        "rot3": 0.0,
+        "detector": "Detector",
+        "detector_config": {"pixel1": pixel, "pixel2": pixel, "max_shape": list(SHAPE), "orientation": 3},
+        "wavelength": 1.54e-10,
+    }
+
+
+@pytest.fixture
+def poni_file(poni: dict[str, Any], tmp_path: Path) -> Path:
+    """The geometry of `poni` as a .poni file."""
+    import pyFAI
+
+    path = tmp_path / "geometry.poni"
+    pyFAI.load(dict(poni)).save(str(path))
+    return path
+
+
+@pytest.fixture
+def beam_frame() -> np.ndarray:
+    """A direct beam of 2 x 4 mm on the small detector, 8e5 counts on a background of 0.1 a pixel."""
+    y, x = (np.abs(np.arange(n) - n / 2 + 0.5) for n in SHAPE)
+    spot = ((y[:, None] < 1.5) & (x[None, :] < 2)) * 1e5
+    return np.random.default_rng(1).poisson(spot + 0.1).astype(np.int32)
+
+
+@pytest.fixture
+def sample_frames() -> np.ndarray:
+    """Three exposures of something isotropic on the small detector, shape (3, y, x)."""
+    y, x = (np.arange(n) - n / 2 + 0.5 for n in SHAPE)
+    radius = np.hypot(y[:, None], x[None, :])
+    return np.random.default_rng(2).poisson(1000 * np.exp(-radius / 20) + 50, size=(3, *SHAPE)).astype(np.int32)
+
+
+@pytest.fixture
+def write_edf(detector_directory: Path) -> Callable[[str, np.ndarray], Path]:
+    """Write a frame as EDF where the server may read it."""
+
+    def write(name: str, frame: np.ndarray) -> Path:
+        path = detector_directory / f"{name}.edf"
+        fabio.edfimage.EdfImage(data=frame).write(str(path))
+        return path
+
+    return write
