@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import svd
 
-from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.smearing import Smearing
 
 from . import Solution
@@ -42,11 +42,11 @@ class IFT:
     curve. For every trial D a ridge on the curvature of the transform (k^4 a_k^2)
     is weighted by its evidence; D minimises Schwarz's criterion
     ``chi^2 + gamma ln n``, gamma being the effective number of parameters.
-    Where the series comes near zero, the answer is the mean of what its error
-    leaves positive (a Gaussian cut at zero): an intensity cannot be negative.
+    Where the series comes near zero, the answer I is the mean of what its error leaves
+    positive: an intensity cannot be negative. I_resmeared is of the series itself.
 
-    It is superb where the scatterer is finite, and wrong for lattices and for
-    particles too large for the q range: chi2 shows it, and the result is flagged POOR_FIT.
+    It is superb where the scatterer is finite, and wrong for lattices and for particles too
+    large for the q range. Both show in chi2, or in the largest D winning; either flags POOR_FIT.
 
     Idev is from the covariance of the coefficients (times chi2 where that is above
     1) at the D chosen. A global series has no averaging kernel: Qdev is not known.
@@ -66,41 +66,46 @@ class IFT:
         If an option is out of range.
     """
 
-    def __init__(self, smearing: Smearing, diameter: float | None = None, maximum_terms: int = 100) -> None:
+    def __init__(self, smearing: Smearing, diameter: float | None = None, maximum_terms: int = 200) -> None:
         channel = np.pi / float(smearing.q[-1])
-        terms = min(maximum_terms, smearing.q.size // 2)
-        if terms < 3:
-            raise BadInput(f"A series of {terms} terms is no series; use maximum_terms >= 3 and at least 6 points.")
+        if maximum_terms < 3:
+            raise BadInput(f"A series of {maximum_terms} terms is no series; use maximum_terms >= 3.")
         if diameter is not None and not 2 * channel <= diameter <= smearing.q.size * channel:
             raise BadInput(
                 f"A diameter of {diameter:g} nm cannot be seen between q = {smearing.q[0]:.4g} and {smearing.q[-1]:.4g} 1/nm; "
                 f"it must lie between {2 * channel:.4g} and {smearing.q.size * channel:.4g} nm."
             )
         self.smearing = smearing
-        steps = np.arange(int(np.log(terms / 3) / np.log(RATIO)) + 1)
+        steps = np.arange(int(np.log(maximum_terms / 3) / np.log(RATIO)) + 1)
         diameters = 3 * channel * RATIO**steps if diameter is None else np.array([diameter])
         self._series = [_Series.build(smearing, float(D)) for D in diameters]
 
     def __call__(self, I: NDArray, Idev: NDArray) -> Solution:
         """Desmear curves of any sign, one after another."""
         found = [self._best(measured, sigma) for measured, sigma in zip(I, Idev, strict=True)]
-        spread = np.array([fit.deviation for fit in found])
-        curves = positive_mean(np.array([fit.curve for fit in found]), spread)
+        curves = np.array([fit.curve for fit in found])
+        deviation = self.smearing.at_q([fit.deviation for fit in found])
+        inflation = np.sqrt(np.maximum([fit.chi2 for fit in found], 1.0))[:, None]
         return Solution(
             I_calc=straightened(self.smearing, curves.T).T,
-            I=self.smearing.at_q(curves),
-            Idev=self.smearing.at_q(spread),
+            I=positive_mean(self.smearing.at_q(curves), deviation),
+            Idev=deviation * inflation,
             Qdev=None,
-            flags=np.zeros(len(found), dtype=np.int64),
+            flags=np.array([int(Flag.POOR_FIT) if self._at_limit(fit) else 0 for fit in found]),
             attrs={"diameter": [fit.series.diameter for fit in found], "parameters": [fit.parameters for fit in found]},
         )
 
+    def _at_limit(self, fit: _Fit) -> bool:
+        """Whether the largest D won, of several: then the scatterer is not finite, or not seen whole."""
+        return len(self._series) > 1 and fit.series is self._series[-1]
+
     def _best(self, measured: NDArray, sigma: NDArray) -> _Fit:
         """Scan the diameters upwards in strides, then look between the neighbours of the best."""
-        fits: dict[int, _Fit] = {}
-        for place in range(0, len(self._series), STRIDE):
+        best = 0
+        fits = {0: _fit(self._series[0], measured, sigma)}
+        for place in range(STRIDE, len(self._series), STRIDE):
             fits[place] = _fit(self._series[place], measured, sigma)
-            best = min(fits, key=lambda i: fits[i].criterion)
+            best = place if fits[place].criterion < fits[best].criterion else best
             if place - best >= PATIENCE * STRIDE and fits[best].chi2 < 2:
                 break
         for place in range(max(best - STRIDE + 1, 0), min(best + STRIDE, len(self._series))):
@@ -163,9 +168,9 @@ class _Fit:
 
     @property
     def deviation(self) -> NDArray:
-        """One standard deviation of the curve, shape (m,), inflated where the fit is poor."""
+        """One standard deviation of the curve on q_calc, shape (m,), if Idev is right and the series fits."""
         rows = self.series.basis @ self.root[:-1] + self.root[-1]
-        return np.sqrt(max(1.0, self.chi2) * np.sum(rows**2, axis=1))
+        return np.linalg.norm(rows, axis=1)
 
 
 def _fit(series: _Series, measured: NDArray, sigma: NDArray) -> _Fit:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.interpolate import PchipInterpolator
-from scipy.linalg import LinAlgError, cho_solve_banded, cholesky_banded, lapack
+from scipy.linalg import LinAlgError, cho_solve, cho_solve_banded, cholesky, cholesky_banded
 
 from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.smearing import Smearing
 
 from . import Solution
 from .kernels import kernel_widths
+from .tails import Tails
 
 __all__ = ["MAP"]
 
@@ -23,6 +25,15 @@ BAND_ENTRIES = 4_000_000
 
 STEP_LIMIT = 2.0
 """Largest change of ln I in one iteration: a Gauss-Newton step is trusted no further."""
+
+START_STEPS = 4
+"""Lake's steps before the first Gauss-Newton step: a slit can hide two decades of the forward peak."""
+
+DAMPING = 1e-9
+"""Smallest damping: more would hold back smooth modes, which the prior alone decides."""
+
+GIVE_UP = 1e8
+"""Damping at which no step helps any more."""
 
 LOG10_WEIGHTS = (-6.0, 12.0)
 """Range in which the weight of the prior is looked for."""
@@ -59,7 +70,7 @@ class MAP:
     maximum_iterations
         Limit for each weight; a curve that reaches it is flagged NOT_CONVERGED.
     tolerance
-        The iteration stops where no ln I changes by more.
+        The iteration stops where the next step would lower J by less.
 
     Raises
     ------
@@ -83,7 +94,8 @@ class MAP:
         self.student = student
         self.maximum_iterations = maximum_iterations
         self.tolerance = tolerance
-        self._bending = _bending(_coordinate(smearing.q, smearing.q_calc))
+        self._tails = Tails(smearing)
+        self._bending = _Bending(_coordinate(smearing.q, smearing.q_calc))
         self._normal = _NormalMatrix(smearing.matrix)
 
     def __call__(self, I: NDArray, Idev: NDArray) -> Solution:
@@ -105,11 +117,17 @@ class MAP:
         return problem.describe(point)
 
     def _start(self, measured: NDArray, sigma: NDArray) -> NDArray:
-        """Logarithm of the measured curve, floored at a tenth of the noise."""
-        return np.log(np.interp(self.smearing.q_calc, self.smearing.q, np.maximum(measured, 0.1 * sigma)))
+        """A few of Lake's steps from the measured curve, floored at a tenth of the noise."""
+        positive = np.maximum(measured, 0.1 * sigma)
+        I = positive
+        for _ in range(START_STEPS):
+            smeared = self.smearing.matrix @ self._tails.fill(I, sigma / positive)
+            I = I * np.clip(positive / smeared, 0.2, 5.0)
+        # A tail fitted to noise may run away in either direction.
+        return np.log(np.clip(self._tails.fill(I, sigma / positive), 1e-12 * I.max(), I.max()))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Point:
     """A minimum of J for one weight of the prior."""
 
@@ -120,7 +138,7 @@ class _Point:
     converged: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Answer:
     x: NDArray
     Idev: NDArray
@@ -132,23 +150,18 @@ class _Answer:
 
 def _most_evident(problem: _Problem, point: _Point) -> _Point:
     """Walk the weight in half decades, warm from point to point, to the maximum of the evidence."""
-    total = point.iterations
-    best = point
+    best, iterations = point, point.iterations
     for step in (-0.5, 0.5):
-        current = point
-        while True:
-            exponent = np.log10(current.weight) + step
-            if not LOG10_WEIGHTS[0] <= exponent <= LOG10_WEIGHTS[1]:
+        exponent = np.log10(point.weight) + step
+        while LOG10_WEIGHTS[0] <= exponent <= LOG10_WEIGHTS[1]:
+            trial = problem.minimise(best.x, 10**exponent)
+            iterations += trial.iterations
+            if trial.evidence <= best.evidence:
                 break
-            current = problem.minimise(current.x, 10**exponent)
-            total += current.iterations
-            if not current.evidence > best.evidence:
-                break
-            best = current
+            best, exponent = trial, exponent + step
         if best is not point:
             break
-    best.iterations = total
-    return best
+    return replace(best, iterations=iterations)
 
 
 class _Problem:
@@ -162,22 +175,18 @@ class _Problem:
 
     def minimise(self, x: NDArray, weight: float) -> _Point:
         """Damped Gauss-Newton (Levenberg) from `x`."""
-        damping, converged, iteration = 1e-3, False, 0
-        cost = self.cost(x, weight)
-        for iteration in range(1, self.method.maximum_iterations + 1):  # noqa: B007
+        damping, cost, converged, iteration = DAMPING, self.cost(x, weight), False, 0
+        while not converged and iteration < self.method.maximum_iterations and damping < GIVE_UP:
+            iteration += 1
             bands, gradient = self.hessian(x, weight), self.gradient(x, weight)
-            while True:
-                step = -_banded_solve(bands, gradient, damping)
-                step *= min(1.0, STEP_LIMIT / max(float(np.abs(step).max()), STEP_LIMIT))
-                trial = self.cost(x + step, weight)
-                if trial <= cost or damping > 1e8:
-                    break
+            step = -_Cholesky(bands, damping).solve(gradient)
+            # What the quadratic model promises; a step that is held back promises too little.
+            converged = damping < 1e-3 and -0.5 * float(gradient @ step) < self.method.tolerance
+            while (trial := self.cost(x + _bounded(step), weight)) > cost and damping < GIVE_UP and not converged:
                 damping *= 10
-            converged = bool(np.abs(step).max() < self.method.tolerance)
+                step = -_Cholesky(bands, damping).solve(gradient)
             if trial <= cost:
-                x, cost, damping = x + step, trial, max(damping / 10, 1e-9)
-            if converged or damping > 1e8:
-                break
+                x, cost, damping = x + _bounded(step), trial, max(damping / 10, DAMPING)
         return _Point(x, weight, self.evidence(x, weight), iteration, converged)
 
     def cost(self, x: NDArray, weight: float) -> float:
@@ -185,47 +194,41 @@ class _Problem:
         return 0.5 * float(residual @ residual) + self.penalty(x, weight)
 
     def penalty(self, x: NDArray, weight: float) -> float:
-        bend = weight * (self.method._bending @ x) ** 2
+        bend = weight * self.method._bending(x) ** 2
         nu = self.method.student
         return 0.5 * float(bend.sum() if nu is None else (nu + 1) * np.log1p(bend / nu).sum())
 
     def gradient(self, x: NDArray, weight: float) -> NDArray:
         I = np.exp(x)
         residual = (self.R @ I - self.measured) / self.sigma**2
-        bend = self.method._bending @ x
-        return I * (residual @ self.R) + self.method._bending.T @ (self._weights(x, weight) * bend)
+        bending = self.method._bending
+        return I * (residual @ self.R) + bending.adjoint(self._weights(x, weight) * bending(x))
 
     def hessian(self, x: NDArray, weight: float) -> NDArray:
-        """Gauss-Newton Hessian in lower band storage: ``diag(I) R^T R diag(I) / Idev^2 + weight L^T L``."""
+        """Gauss-Newton Hessian in lower band storage: ``diag(I) R^T Idev^-2 R diag(I) + L^T weights L``."""
         I = np.exp(x)
-        bands = self.normal.copy()
-        for offset in range(bands.shape[0]):
-            bands[offset, : I.size - offset] *= I[: I.size - offset] * I[offset:]
-        prior = self.prior(x, weight)
-        for offset in range(3):
-            bands[offset, : I.size - offset] += prior.diagonal(-offset)
+        padded = np.concatenate([I, np.zeros(len(self.normal) - 1)])
+        bands = self.normal * I * sliding_window_view(padded, I.size)
+        bands[:3] += self.method._bending.bands(self._weights(x, weight))
         return bands
 
-    def prior(self, x: NDArray, weight: float) -> sparse.csr_array:
-        """Curvature of the penalty (of its quadratic majorant where it is Student's)."""
-        L = self.method._bending
-        return (L.T @ sparse.diags_array(self._weights(x, weight)) @ L).tocsr()
-
     def _weights(self, x: NDArray, weight: float) -> NDArray:
-        bend = self.method._bending @ x
+        """Weights of the squared bends; for Student's penalty those of its quadratic majorant."""
+        bend = self.method._bending(x)
         nu = self.method.student
         return np.full(bend.shape, weight) if nu is None else weight * (nu + 1) / (nu + weight * bend**2)
 
     def evidence(self, x: NDArray, weight: float) -> float:
-        factor = _banded_factor(self.hessian(x, weight), 0.0)
-        half_log_det = float(np.log(factor[0]).sum())
-        return -self.cost(x, weight) + 0.5 * (x.size - 2) * np.log(weight) - half_log_det
+        factor = _Cholesky(self.hessian(x, weight))
+        return -self.cost(x, weight) + 0.5 * (x.size - 2) * np.log(weight) - factor.half_log_det
 
     def describe(self, point: _Point) -> _Answer:
         """Error bars and averaging kernels at the minimum."""
         smearing = self.method.smearing
-        inverse = _inverse(self.hessian(point.x, point.weight))
-        kernel = np.eye(point.x.size) - (self.prior(point.x, point.weight) @ inverse).T
+        inverse = _Cholesky(self.hessian(point.x, point.weight), dense=True).solve(np.eye(point.x.size))
+        # H^-1 (H - L^T weights L): what the data say, the rest being the prior.
+        bending = self.method._bending
+        kernel = np.eye(point.x.size) - bending.adjoint(self._weights(point.x, point.weight) * bending(inverse))
         I = np.exp(point.x)
         deviation = I * np.sqrt(np.diagonal(inverse))
         return _Answer(
@@ -236,6 +239,10 @@ class _Problem:
             point.iterations,
             point.converged,
         )
+
+
+def _bounded(step: NDArray) -> NDArray:
+    return step * min(1.0, STEP_LIMIT / max(float(np.abs(step).max()), STEP_LIMIT))
 
 
 class _NormalMatrix:
@@ -283,34 +290,46 @@ class _NormalMatrix:
         return table
 
 
-def _banded_factor(bands: NDArray, damping: float) -> NDArray:
-    """Cholesky factor with a damped diagonal; rounding that makes it indefinite is damped away."""
-    while True:
-        lifted = bands.copy()
-        lifted[0] *= 1 + damping + 1e-13
-        try:
-            return cholesky_banded(lifted, lower=True, check_finite=False)
-        except LinAlgError:
-            damping = max(10 * damping, 1e-12)
+class _Cholesky:
+    """Factor of a symmetric positive definite matrix in lower band storage, with a damped diagonal.
+
+    Rounding may make the matrix indefinite; a little more damping cures that.
+    """
+
+    def __init__(self, bands: NDArray, damping: float = 0.0, *, dense: bool = False) -> None:
+        self._dense = dense or 3 * bands.shape[0] > bands.shape[1]
+        full = _full(bands) if self._dense else bands.copy()
+        diagonal = np.diagonal(full) if self._dense else full[0]
+        diagonal.setflags(write=True)
+        original = bands[0]
+        while True:
+            diagonal[:] = original * (1 + damping + 1e-13)
+            try:
+                self._factor = self._factorise(full)
+                return
+            except LinAlgError:
+                damping = max(10 * damping, 1e-12)
+
+    def _factorise(self, full: NDArray) -> NDArray:
+        factorise = cholesky if self._dense else cholesky_banded
+        return factorise(full, lower=True, check_finite=False)
+
+    def solve(self, right: NDArray) -> NDArray:
+        solve = cho_solve if self._dense else cho_solve_banded
+        return solve((self._factor, True), right, check_finite=False)
+
+    @property
+    def half_log_det(self) -> float:
+        return float(np.log(np.diagonal(self._factor) if self._dense else self._factor[0]).sum())
 
 
-def _banded_solve(bands: NDArray, right: NDArray, damping: float) -> NDArray:
-    return cho_solve_banded((_banded_factor(bands, damping), True), right, check_finite=False)
-
-
-def _inverse(bands: NDArray) -> NDArray:
-    """Dense inverse of a symmetric positive definite matrix in lower band storage."""
-    size = bands.shape[1]
-    dense = np.zeros((size, size), order="F")
-    for offset in range(bands.shape[0]):
-        index = np.arange(size - offset)
-        dense[index + offset, index] = bands[offset, : size - offset]
-    dense[np.diag_indices(size)] *= 1 + 1e-13
-    factor, failed = lapack.dpotrf(dense, lower=True)
-    inverse, failed_too = lapack.dpotri(factor, lower=True)
-    if failed or failed_too:
-        raise BadInput("The curve does not determine an answer: its Idev differ by too many orders of magnitude.")
-    return np.tril(inverse) + np.tril(inverse, -1).T
+def _full(bands: NDArray) -> NDArray:
+    """Lower triangle of a matrix in lower band storage, in Fortran order."""
+    count, size = bands.shape
+    # Element (j + d, j) lies at j (size + 1) + d: the bands are the columns of one more wide.
+    memory = np.zeros((size, size + 1))
+    memory[:, :count] = bands.T
+    return memory.ravel()[: size * size].reshape(size, size).T
 
 
 def _coordinate(q: NDArray, q_calc: NDArray) -> NDArray:
@@ -325,10 +344,34 @@ def _coordinate(q: NDArray, q_calc: NDArray) -> NDArray:
     return u
 
 
-def _bending(u: NDArray) -> sparse.csr_array:
-    """Matrix L with ``|L x|^2 = int (d^2 x / du^2)^2 du``, shape (m - 2, m)."""
-    step = np.diff(u)
-    left, right = step[:-1], step[1:]
-    scale = np.sqrt((left + right) / 2) * 2 / (left + right)
-    bands = [scale / left, -scale * (1 / left + 1 / right), scale / right]
-    return sparse.diags_array(bands, offsets=[0, 1, 2], shape=(u.size - 2, u.size)).tocsr()
+class _Bending:
+    """The operator L with ``|L x|^2 = int (d^2 x / du^2)^2 du`` for x on the nodes u, shape (m - 2, m)."""
+
+    def __init__(self, u: NDArray) -> None:
+        step = np.diff(u)
+        left, right = step[:-1], step[1:]
+        scale = np.sqrt((left + right) / 2) * 2 / (left + right)
+        self._left, self._middle, self._right = scale / left, -scale * (1 / left + 1 / right), scale / right
+
+    def __call__(self, x: NDArray) -> NDArray:
+        """Apply L along the last axis."""
+        return self._left * x[..., :-2] + self._middle * x[..., 1:-1] + self._right * x[..., 2:]
+
+    def adjoint(self, y: NDArray) -> NDArray:
+        """Apply the transpose of L along the last axis."""
+        x = np.zeros((*y.shape[:-1], y.shape[-1] + 2))
+        x[..., :-2] += self._left * y
+        x[..., 1:-1] += self._middle * y
+        x[..., 2:] += self._right * y
+        return x
+
+    def bands(self, weights: NDArray) -> NDArray:
+        """``L^T diag(weights) L`` in lower band storage, shape (3, m)."""
+        bands = np.zeros((3, weights.size + 2))
+        bands[0, :-2] += weights * self._left**2
+        bands[0, 1:-1] += weights * self._middle**2
+        bands[0, 2:] += weights * self._right**2
+        bands[1, :-2] += weights * self._left * self._middle
+        bands[1, 1:-1] += weights * self._middle * self._right
+        bands[2, :-2] += weights * self._left * self._right
+        return bands

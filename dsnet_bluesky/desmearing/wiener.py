@@ -39,7 +39,8 @@ class Wiener:
     mirrored at both ends. N therefore holds, beside the noise, a hundredth of the curve for
     what the stationary limit gets wrong. It is here to compare with.
 
-    Where the answer comes within its error of zero, it is the mean of what the error leaves positive.
+    Where the filtered curve comes near zero, the answer I is the mean of what its error
+    leaves positive: an intensity cannot be negative. I_resmeared is of the filtered curve itself.
 
     Idev follows from the filter, which is linear once G is fixed; Qdev is the width
     of ``G H``, one number for all q.
@@ -81,9 +82,9 @@ class Wiener:
         # The response to each measured point gives the errors: (exposure, point in, point out).
         response = _filtered(np.eye(n), filters[:, None])
         deviation = trend * np.sqrt(np.einsum("eij,ei->ej", response**2, (Idev / trend) ** 2))
-        answer = positive_mean(answer, deviation)
         return Solution(
             I_calc=np.array([np.interp(self.smearing.q_calc, self.smearing.q, row) for row in answer]),
+            I=positive_mean(answer, deviation),
             Idev=deviation,
             Qdev=np.repeat(self._widths(filters)[:, None], n, axis=1),
             flags=np.zeros(len(I), dtype=np.int64),
