@@ -434,7 +434,7 @@ def hardware(device: str) -> str:
 def write_history(directory: Path, history: list[Epoch], best: Epoch, untreated: float) -> None:
     """Write the losses of every epoch as CSV and as a figure."""
     with (directory / "history.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Epoch._fields)
         writer.writerows((e.epoch, f"{e.training:.6g}", f"{e.validation:.6g}") for e in history)
     epochs = [e.epoch for e in history]
