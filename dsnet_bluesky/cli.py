@@ -8,12 +8,12 @@ any other error is a fault of ours and keeps its traceback.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
@@ -48,13 +48,11 @@ class Commands(TyperGroup):
 
             if not isinstance(error, BadInput):
                 raise
-            line = " ".join(str(error).split())
-            Console(stderr=True).print(f"Error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+            _say(f"Error: {' '.join(str(error).split())}", style="bold red", stderr=True)
             raise typer.Exit(2) from None
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-out = Console(highlight=False)
 
 Uri = Annotated[str, typer.Option(envvar="TILED_URI", help="Address of the Tiled server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="TILED_API_KEY", help="Its API key.", show_default=False)]
@@ -69,7 +67,7 @@ def main(
     if version:
         from . import __version__
 
-        print(__version__)
+        _say(__version__)
         raise typer.Exit
 
 
@@ -139,6 +137,8 @@ def serve(
     """Run a Tiled server with this project's trees, until Ctrl-C."""
     from . import server
 
+    # What ends the command ends the server too: SIGTERM as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise typer.Exit(server.serve(config, data_directory=directory, port=port, api_key=api_key, readable=readable or ()))
 
 
@@ -166,6 +166,8 @@ def ingest(
         str | None, typer.Option(metavar="UID", help="Run of the direct beam that belongs to it.", show_default=False)
     ] = None,
     exposure_time: Annotated[float, typer.Option(help="In s.")] = 1.0,
+    monitor: Annotated[float, typer.Option(help="Monitor counts to divide by.")] = 1.0,
+    transmission: Annotated[float, typer.Option(help="Of the sample, to divide by.")] = 1.0,
     dataset: Annotated[str | None, typer.Option(help="Path of the images inside HDF5 files.", show_default=False)] = None,
     uri: Uri = LOCAL,
     api_key: ApiKey = None,
@@ -174,18 +176,20 @@ def ingest(
     from .ingest import ingest as ingest_files
 
     uids = ingest_files(
-        _client(uri, api_key),
         files,
+        client=_client(uri, api_key),
         purpose=purpose,
         poni=poni,
         mask=mask,
         sample=sample,
-        direct_beam_uid=direct_beam,
-        exposure_time=exposure_time,
+        direct_beam=direct_beam,
         dataset=dataset,
+        exposure_time=exposure_time,
+        monitor=monitor,
+        transmission=transmission,
     )
     for uid in uids:
-        print(uid)
+        _say(uid)
 
 
 @app.command()
@@ -194,7 +198,7 @@ def register(uri: Uri = LOCAL, api_key: ApiKey = None) -> None:
     from .derived import register_all
 
     for name, count in register_all(_client(uri, api_key)).items():
-        out.print(f"{name}: {count}")
+        _say(f"{name}: {count}")
 
 
 @app.command()
@@ -216,15 +220,15 @@ def train(
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
     )
-    with Progress(*columns, console=out) as progress:
+    with Progress(*columns, console=Console()) as progress:
         task = progress.add_task("epochs", total=None, loss="")
 
         def show(epoch: Any, epochs: int) -> None:
-            loss = f"training {epoch.training_loss:.4g}, validation {epoch.validation_loss:.4g}"
-            progress.update(task, completed=epoch.number, total=epochs, loss=loss)
+            loss = f"loss {epoch.training:.4g}, validation {epoch.validation:.4g}"
+            progress.update(task, completed=epoch.epoch, total=epochs, loss=loss)
 
         training.train(parsed, target, device=device, progress=show)
-    out.print(f"Written: {target}")
+    _say(f"Written: {target}")
 
 
 @app.command()
@@ -233,18 +237,24 @@ def models() -> None:
     from .data import BadInput
     from .versions import load_model, released_models
 
-    table = Table("model", "weights", "SHA-256", "folder")
+    references = released_models()
     damaged = 0
-    for reference in released_models():
+    for reference in references:
         try:
             model = load_model(reference)
-            table.add_row(reference, "intact", model.sha256[:12], str(model.path))
+            _say(f"{reference}  intact  sha256 {model.sha256[:12]}  {model.path}")
         except BadInput as error:
             damaged += 1
-            table.add_row(reference, f"[bold red]damaged[/]: {error}", "", "")
-    out.print(table if table.row_count else "No model is released with this installation.")
+            _say(f"{reference}  damaged: {error}", style="bold red")
+    if not references:
+        _say("No model is released with this installation.")
     if damaged:
         raise typer.Exit(2)
+
+
+def _say(text: str, *, style: str | None = None, stderr: bool = False) -> None:
+    """Print as it stands: no line is broken, no bracket taken for markup."""
+    Console(stderr=stderr).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _parse_option(text: str) -> tuple[str, Any]:
@@ -290,21 +300,21 @@ def _client(uri: str, api_key: str | None) -> Any:
 
 def _report(measured: xr.Dataset, smearing: Smearing, result: xr.Dataset, written: list[Path]) -> None:
     """Say what was done, and everything that was assumed on the way."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     q = measured["q"].values
     origin = {"option": "as told", "file": "says the file", "assumed": "assumed: set it with --q-units"}
     units = f"{measured.attrs['q_units']}, {origin[measured.attrs['q_units_from']]}"
-    table.add_row("curve", str(measured.attrs["title"] or measured.attrs["file"]))
-    table.add_row("q", f"{q.size} points, {q[0]:.4g} to {q[-1]:.4g} 1/nm (unit of the file: {units})")
-    table.add_row("smearing", _smearing_words(smearing))
-    table.add_row("method", _method_words(result))
     chi2 = [float(value) for value in result["chi2"].values.ravel()]
-    table.add_row("chi2", ", ".join(f"{value:.3g}" for value in chi2))
-    for note in _notes(measured, result, chi2):
-        table.add_row("[yellow]note[/]", note)
-    for path in written:
-        table.add_row("written", str(path))
-    out.print(table)
+    lines = [
+        ("curve", measured.attrs["title"] or measured.attrs["file"]),
+        ("q", f"{q.size} points, {q[0]:.4g} to {q[-1]:.4g} 1/nm (unit of the file: {units})"),
+        ("smearing", _smearing_words(smearing)),
+        ("method", _method_words(result)),
+        ("chi2", ", ".join(f"{value:.3g}" for value in chi2)),
+        *(("note", note) for note in _notes(measured, result, chi2)),
+        *(("written", path) for path in written),
+    ]
+    for label, text in lines:
+        _say(f"{label:<9} {text}", style="yellow" if label == "note" else None)
 
 
 def _smearing_words(smearing: Smearing) -> str:

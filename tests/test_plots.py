@@ -74,7 +74,7 @@ def test_the_curves_are_those_of_the_dataset():
     for name in ("I", "I_smeared", "I_resmeared"):
         assert any(len(y) == len(Q) and np.allclose(y, dataset[name]) for y in drawn)
     assert (curves.get_xscale(), curves.get_yscale()) == ("log", "log")
-    assert [t.get_text() for t in curves.get_legend().get_texts()][0] == "measured"
+    assert curves.get_legend().get_texts()[0].get_text() == "measured"
     assert "1.00" in curves.get_legend().get_title().get_text()
     points = next(line for line in residuals.get_lines() if len(line.get_ydata()) == len(Q))
     assert_allclose(points.get_ydata(), 1.0)

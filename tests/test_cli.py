@@ -1,0 +1,274 @@
+"""The command line, end to end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from tiled.client import from_uri
+from typer.testing import CliRunner
+
+import dsnet_bluesky
+from dsnet_bluesky.cli import FLAG_WORDS, Commands, app
+from dsnet_bluesky.curvefiles import read_curve
+from dsnet_bluesky.data import Flag
+from dsnet_bluesky.smearing import Smearing
+
+EXAMPLES = Path(str(files("sasdata"))) / "example_data" / "1d_data"
+HEAVY = ("torch", "pyFAI", "tiled", "numpy", "xarray", "matplotlib", "bluesky")
+
+
+@pytest.fixture
+def dsnet(tmp_path, monkeypatch):
+    """Run a command in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner(env={"TILED_API_KEY": None, "TILED_URI": None})
+
+    def run(*words, status=0):
+        done = runner.invoke(app, [str(word) for word in words])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == status, done.output
+        return done
+
+    return run
+
+
+@pytest.fixture
+def fails(dsnet, tmp_path):
+    """Run a command on unusable input: one line on stderr, status 2, nothing written, nothing on stdout."""
+
+    def run(*words, match):
+        before = sorted(tmp_path.rglob("*"))
+        done = dsnet(*words, status=2)
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("Error: ")
+        assert re.search(match, line), line
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return run
+
+
+def smeared_curve(sigma=0.03, noise=0.01, seed=1):
+    """A sphere smeared on a finer and wider grid than that of the inversion."""
+    q = np.linspace(0.03, 2.0, 150)
+    operator = Smearing.rice(q, sigma, q_calc=np.linspace(0, 2.5, 4000))
+    x = np.maximum(operator.q_calc, 1e-6) * 4
+    truth = 100 * (3 * (np.sin(x) - x * np.cos(x)) / x**3) ** 2 + 0.1
+    I = operator.apply(truth)
+    rng = np.random.default_rng(seed)
+    return q, I * (1 + noise * rng.normal(size=q.size)), noise * I
+
+
+def write(path, *arrays, header="q (1/nm) I dI\n"):
+    np.savetxt(path, np.transpose(arrays), header=header, comments="")
+    return path
+
+
+class TestStart:
+    def test_help_names_every_command(self, dsnet):
+        text = dsnet("--help").output
+        for command in ("desmear", "serve", "demo", "ingest", "train", "register", "models"):
+            assert command in text
+            assert "--help" in dsnet(command, "--help").output
+
+    def test_help_imports_nothing_heavy(self):
+        code = (
+            "import sys\nfrom dsnet_bluesky.cli import app\n"
+            "try:\n    app(['desmear', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+            f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stderr.strip() == "[]"
+
+    def test_version(self, dsnet):
+        assert dsnet("--version").stdout.strip() == dsnet_bluesky.__version__
+
+    def test_as_a_module(self):
+        done = subprocess.run([sys.executable, "-m", "dsnet_bluesky", "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == dsnet_bluesky.__version__
+
+    def test_a_fault_of_ours_keeps_its_traceback(self, dsnet, monkeypatch):
+        def faulty(*_, **__):
+            raise ValueError("a fault")
+
+        monkeypatch.setattr("dsnet_bluesky.versions.released_models", faulty)
+        with pytest.raises(ValueError, match="a fault"):
+            dsnet("models")
+
+    def test_every_flag_has_its_words(self):
+        assert set(FLAG_WORDS) == {flag.name for flag in Flag}
+        assert issubclass(Commands, object)
+
+
+class TestDesmear:
+    def test_text_with_an_option(self, dsnet, tmp_path):
+        write(tmp_path / "sphere.dat", *smeared_curve())
+        done = dsnet("desmear", "sphere.dat", "--sigma", 0.03, "--plot", "sphere.png")
+        assert re.search(r"chi2 +(0\.[5-9]|1\.[0-5])", done.stdout)
+        assert "150 points, 0.03 to 2 1/nm (unit of the file: 1/nm, says the file)" in done.stdout
+        assert "gaussian: sigma 0.03 1/nm" in done.stdout
+        assert "written   sphere_desmeared.h5" in done.stdout
+        assert (tmp_path / "sphere.png").read_bytes().startswith(b"\x89PNG")
+        desmeared = read_curve(tmp_path / "sphere_desmeared.h5", entry="sasentry01/desmeared")
+        smeared = read_curve(tmp_path / "sphere_desmeared.h5", entry="sasentry01/smeared")
+        assert_allclose(smeared["I"], smeared_curve()[1])
+        # The first minimum is deeper than it was measured.
+        minimum = slice(60, 110)
+        assert desmeared["I"][minimum].min() < 0.8 * smeared["I"][minimum].min()
+
+    def test_slits_of_a_real_file(self, dsnet, tmp_path):
+        done = dsnet("desmear", EXAMPLES / "latex_smeared.xml", "--entry", "latex_usans", "--output", "usans.h5")
+        assert "slit: half-length 1.17 1/nm" in done.stdout
+        assert "says the file" in done.stdout
+        assert FLAG_WORDS["EXTRAPOLATED"] in done.stdout
+        with h5py.File(tmp_path / "usans.h5") as file:
+            assert_allclose(file["sasentry01/smeared/dQl"], 1.17)
+            assert file["sasentry01/desmeared/I"][0] > 20 * file["sasentry01/smeared/I"][0]
+            terms = [v[()].decode() for k, v in file["sasentry01/sasprocess"].items() if k.startswith("term")]
+        assert {"source = latex_smeared.xml", "source_entry = latex_usans", "method = map"} <= set(terms)
+
+    def test_methods_and_their_options(self, dsnet, tmp_path):
+        write(tmp_path / "sphere.dat", *smeared_curve())
+        done = dsnet("desmear", "sphere.dat", "--sigma", 0.03, "-m", "lake", "-o", "iterations=3", "-o", "extrapolation=porod")
+        assert "lake (extrapolation = porod, iterations = 3)" in done.stdout
+        with h5py.File(tmp_path / "sphere_desmeared.h5") as file:
+            options = file["sasentry01/sasprocess/term04"][()].decode()
+        assert json.loads(options.removeprefix("options = ")) == {"iterations": 3, "extrapolation": "porod"}
+
+    def test_what_was_assumed_is_said(self, dsnet, tmp_path):
+        q, I, _ = smeared_curve()
+        I[[3, 50]] = np.nan
+        write(tmp_path / "sphere.dat", q / 10, I, header="")
+        done = dsnet("desmear", "sphere.dat", "--sigma", 0.03)
+        assert "1/angstrom, assumed: set it with --q-units" in done.stdout
+        assert "2 points without a finite value" in done.stdout
+        assert FLAG_WORDS["NOISE_ESTIMATED"] in done.stdout
+
+    def test_errors_that_are_too_large_are_said(self, dsnet, tmp_path):
+        q, I, dI = smeared_curve()
+        write(tmp_path / "sphere.dat", q, I, 20 * dI)
+        assert "chi2 is far below 1" in dsnet("desmear", "sphere.dat", "--sigma", 0.03).stdout
+
+    def test_sorting_and_overwriting(self, dsnet, fails, tmp_path):
+        q, I, dI = (a[::-1] for a in smeared_curve())
+        write(tmp_path / "sphere.dat", q, I, dI)
+        fails("desmear", "sphere.dat", "--sigma", 0.03, match=r"sphere\.dat: q is not ascending.*--sort")
+        dsnet("desmear", "sphere.dat", "--sigma", 0.03, "--sort")
+        fails("desmear", "sphere.dat", "--sigma", 0.03, "--sort", match="sphere_desmeared.h5 exists")
+        dsnet("desmear", "sphere.dat", "--sigma", 0.03, "--sort", "--overwrite")
+
+
+class TestBadInput:
+    def test_files(self, fails, tmp_path):
+        (tmp_path / "empty.dat").touch()
+        (tmp_path / "noise.bin").write_bytes(np.random.default_rng(0).bytes(9999))
+        (tmp_path / "half.h5").write_bytes((EXAMPLES / "FK403_0006_Nika.hdf").read_bytes()[:20000])
+        fails("desmear", "nothing.dat", match="no such file")
+        fails("desmear", "empty.dat", match="empty")
+        fails("desmear", "noise.bin", match="binary")
+        fails("desmear", "half.h5", match="truncated")
+        fails("desmear", EXAMPLES / "latex_smeared.xml", match="1 = latex_sans, 2 = latex_usans")
+        fails("desmear", EXAMPLES / "latex_smeared.xml", "--entry", 3, match="no curve '3'")
+
+    def test_curves(self, fails, tmp_path):
+        q, I, dI = smeared_curve()
+        write(tmp_path / "curve.dat", q, I, dI)
+        write(tmp_path / "negative.dat", q, I - 50, dI)
+        write(tmp_path / "nan.dat", q, np.full(150, np.nan), dI)
+        fails("desmear", "curve.dat", match="Give --slit-length")
+        fails("desmear", "curve.dat", "--sigma", 1.5, match="shorter than the PSF")
+        fails("desmear", "curve.dat", "--sigma", -0.1, match="sigma is -0.1; it must be positive")
+        fails("desmear", "curve.dat", "--sigma", 0.1, "--slit-length", 1, match="give the one")
+        fails("desmear", "nan.dat", "--sigma", 0.03, match="150 of 150 points hold NaN")
+        fails("desmear", "negative.dat", "--sigma", 0.03, "--method", "lake", match="(?i)positive|negative")
+
+    def test_options(self, fails, tmp_path):
+        write(tmp_path / "curve.dat", *smeared_curve())
+        known = ("desmear", "curve.dat", "--sigma", 0.03)
+        fails(*known, "--method", "magic", match="There is no method 'magic'; the methods are .*lake")
+        fails(*known, "-o", "magic=1", match="map has no option magic; its options are")
+        fails(*known, "-o", "magic", match="NAME=VALUE")
+        fails(*known, "--q-units", "furlong", match="1/nm or 1/angstrom")
+        fails(*known, "--output", "nowhere/out.h5", match="nowhere is no folder")
+        fails(*known, "--plot", "figure.xyz", match="end its name in one of .*png")
+        fails("desmear", "curve.dat", "--beam-profile", "nothing.dat", match="no such file")
+
+    def test_other_commands(self, fails, tmp_path):
+        fails("serve", "nothing.yml", match=r"nothing\.yml does not exist")
+        fails("train", "nothing", match="nothing")
+        nobody = ("--uri", "http://127.0.0.1:9")
+        fails("register", *nobody, match="No Tiled server answers at http://127.0.0.1:9 .*dsnet-bluesky serve")
+        fails("ingest", "a.edf", "--purpose", "sample", "--poni", "a.poni", *nobody, match="No Tiled server answers")
+
+    def test_typer_names_what_is_missing(self, dsnet):
+        assert "Missing option '--purpose'" in dsnet("ingest", "a.edf", "--poni", "a.poni", status=2).stderr
+
+
+def test_models_are_listed_and_checked(dsnet, monkeypatch):
+    assert re.search(r"dsnet-paper:1\.0\.0 +intact +sha256 [0-9a-f]{12} ", dsnet("models").stdout)
+    monkeypatch.setattr("dsnet_bluesky.versions.sha256_of", lambda path: "0" * 64)
+    assert "damaged" in dsnet("models", status=2).stdout
+
+
+class TestServer:
+    def test_ingest_and_register(self, dsnet, served, poni_file, beam_frame, sample_frames):
+        fabio = pytest.importorskip("fabio.edfimage")
+        names = [served.data_directory / "detector" / f"{name}.edf" for name in ("cli_beam", "cli_sample")]
+        for name, frame in zip(names, (beam_frame, sample_frames[0]), strict=True):
+            fabio.EdfImage(data=frame).write(str(name))
+        server = ("--uri", served.uri, "--api-key", served.api_key)
+        geometry = ("--poni", poni_file, *server)
+        (beam,) = dsnet("ingest", names[0], "--purpose", "direct_beam", *geometry).stdout.split()
+        (uid,) = dsnet(
+            "ingest", names[1], "--purpose", "sample", "--sample", "AgBh", "--direct-beam", beam, "--exposure-time", 2, *geometry
+        ).stdout.split()
+        client = served.client()
+        start = client["raw"][uid].metadata["start"]
+        assert (start["sample"], start["direct_beam_uid"]) == ("AgBh", beam)
+        assert client["curves"][uid].read().sizes["exposure"] == 1
+        assert float(client["psfs"][beam].read()["counts"]) > 1e5
+        assert "curves: 0" in dsnet("register", *server).stdout
+
+    def test_a_wrong_key_is_said(self, fails, served):
+        fails("register", "--uri", served.uri, "--api-key", "wrong", match="refuses .*--api-key")
+
+    def test_serve_until_interrupted(self, tmp_path):
+        environment = {**os.environ, "TILED_SINGLE_USER_API_KEY": "secret"}
+        command = [sys.executable, "-m", "dsnet_bluesky", "serve", "--directory", "data", "--port", str(free_port())]
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            client = wait_for(f"http://127.0.0.1:{command[-1]}", process)
+            assert sorted(client) == ["curves", "desmeared", "psfs", "raw"]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            # Ends only when the server, which holds the other end of the pipe, has ended too.
+            process.communicate(timeout=30)
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(uri, process):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            return from_uri(uri, api_key="secret")
+        except Exception:
+            time.sleep(0.3)
+    raise AssertionError("the server did not come up")
