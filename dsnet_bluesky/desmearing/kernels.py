@@ -34,19 +34,21 @@ def kernel_widths(kernels: NDArray, q_calc: NDArray) -> NDArray:
     # K holds the width of each cell of q_calc; the density of the kernel does not.
     density = kernels / np.gradient(q_calc)
     peak = density.argmax(axis=-1)[..., None]
-    half = np.take_along_axis(density, peak, axis=-1) / 2
-    place = np.arange(q_calc.size)
-    low = density < half
+    low = density < np.take_along_axis(density, peak, axis=-1) / 2
+    place, last = np.arange(q_calc.size), q_calc.size - 1
     left = np.where(low & (place < peak), place, -1).max(axis=-1, keepdims=True)
-    right = np.where(low & (place > peak), place, q_calc.size).min(axis=-1, keepdims=True)
-    edges = []
-    for outside, step in ((left, 1), (right, -1)):
-        outer = np.clip(outside, 0, q_calc.size - 1)
-        inner = np.clip(outside + step, 0, q_calc.size - 1)
-        above, below = (np.take_along_axis(density, index, axis=-1) for index in (inner, outer))
-        part = np.where(inner != outer, (above - half) / np.maximum(above - below, np.finfo(float).tiny), 0.0)
-        edges.append(q_calc[inner] + part * (q_calc[outer] - q_calc[inner]))
-    return ((edges[1] - edges[0]) / np.sqrt(8 * np.log(2)))[..., 0]
+    right = np.where(low & (place > peak), place, last + 1).min(axis=-1, keepdims=True)
+    lower = _crossing(density, q_calc, peak, np.maximum(left, 0), np.maximum(left, 0) + (left >= 0))
+    upper = _crossing(density, q_calc, peak, np.minimum(right, last), np.minimum(right, last) - (right <= last))
+    return ((upper - lower) / np.sqrt(8 * np.log(2)))[..., 0]
+
+
+def _crossing(density: NDArray, q_calc: NDArray, peak: NDArray, outer: NDArray, inner: NDArray) -> NDArray:
+    """Where a kernel crosses half its height between two neighbouring nodes (at the node, if they are one)."""
+    top, above, below = (np.take_along_axis(density, index, axis=-1) for index in (peak, inner, outer))
+    drop = np.where(inner == outer, 1.0, above - below)
+    part = np.where(inner == outer, 0.0, (above - top / 2) / drop)
+    return q_calc[inner] + part * (q_calc[outer] - q_calc[inner])
 
 
 def straightened(smearing: Smearing, curves: NDArray) -> NDArray:
