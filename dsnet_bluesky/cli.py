@@ -146,7 +146,7 @@ def serve(
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server up at the end.")] = False,
     directory: Annotated[Path, typer.Option(help="Where data and figures go.")] = Path("dsnet-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller detector and shorter scans.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the widest and the narrowest slits, and two exposures of the spheres.")] = False,
     port: Annotated[int, typer.Option(help="Of the server; 0 takes a free one.")] = 0,
 ) -> None:
     """Repeat the paper's experiment live on a simulated beamline."""
@@ -212,6 +212,7 @@ def train(
 
     from . import training
 
+    _check_device(device)
     parsed = training.Recipe.load(recipe)
     target = output or Path(f"{parsed.name}-{parsed.version}")
     columns = (
@@ -268,6 +269,18 @@ def _parse_option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    from .data import BadInput
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"torch cannot use the device {device!r} ({reason}); try --device cpu.") from error
 
 
 def _check_figure(path: Path, overwrite: bool) -> None:
