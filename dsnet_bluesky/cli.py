@@ -146,7 +146,7 @@ def serve(
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server up at the end.")] = False,
     directory: Annotated[Path, typer.Option(help="Where data and figures go.")] = Path("dsnet-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Only the widest and the narrowest slits, and two exposures of the spheres.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only two of the slits, and two exposures of the spheres.")] = False,
     port: Annotated[int, typer.Option(help="Of the server; 0 takes a free one.")] = 0,
 ) -> None:
     """Repeat the paper's experiment live on a simulated beamline."""

@@ -249,7 +249,7 @@ class TestXML:
         assert_allclose(dataset["dQl"], 1.17)
         assert_allclose(dataset["I"][0], 2.7793e5)
 
-    @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.xml")) + sorted(EXAMPLES.glob("[!V]*.h*")), ids=lambda path: path.name)
+    @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.xml")) + sorted(EXAMPLES.glob("[!V]*.h*")), ids=lambda p: p.name)
     def test_against_sasdata(self, path):
         theirs = Loader().load(str(path))[0]
         ours = read_curve(path, entry=1, sort=True)
