@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xarray as xr
 from tiled.client.constructors import from_context
 from tiled.client.xarray import DatasetClient
@@ -47,7 +48,7 @@ class CurveClient(DatasetClient):
         xarray.Dataset
             Without a single exposure it is empty, and its attributes say what there is to say.
         """
-        arrays = dict(self.items())
+        arrays = self._arrays()
         lengths = [a.shape[a.dims.index("exposure")] for a in arrays.values() if a.dims and "exposure" in a.dims]
         complete = min(lengths, default=0)
         wanted = {name: array for name, array in arrays.items() if variables is None or name in variables}
@@ -58,13 +59,15 @@ class CurveClient(DatasetClient):
             coords={name: value for name, value in read.items() if name in coords},
             attrs=dict(self._said["attrs"]),
         )
-        # An array is made before it is filled: a status that is still empty marks an exposure on its way.
-        return dataset.isel(exposure=(dataset["status"] != "").values) if "status" in dataset else dataset
+        return _decode_status(dataset) if "status" in dataset else dataset
 
     @property
     def raw(self) -> Any:
         """The run that the frames are of."""
         return self._node("raw", self._said["raw_uid"])
+
+    def _arrays(self) -> dict[str, Any]:
+        return dict(self.items())
 
     @property
     def _said(self) -> dict[str, Any]:
@@ -157,6 +160,10 @@ class DesmearedClient(CurveClient):
             overwrite=overwrite,
         )
 
+    def _arrays(self) -> dict[str, Any]:
+        arrays = super()._arrays()
+        return arrays if "status" in arrays else {}  # it is made last: without it no exposure is complete
+
     @property
     def _title(self) -> str:
         sample = self._said.get("sample") or self._said["raw_uid"]
@@ -169,6 +176,17 @@ class DesmearedClient(CurveClient):
 
             raise BadInput(f"This result holds no exposure: {self.reason or f'its status is {self.status}'}.")
         return dataset
+
+
+def _decode_status(dataset: xr.Dataset) -> xr.Dataset:
+    """Replace the numbers of `status` by what they mean, and leave out exposures that are not complete yet."""
+    status = dataset["status"]
+    attrs = dict(status.attrs)
+    meanings = dict(zip(attrs.pop("flag_values"), attrs.pop("flag_meanings").split(), strict=True))
+    # An array is made before it is filled: a status that means nothing marks an exposure on its way.
+    complete = [int(value) in meanings for value in status.values]
+    words = [meanings.get(int(value), "") for value in status.values]
+    return dataset.assign(status=("exposure", np.array(words, dtype=str), attrs)).isel(exposure=complete)
 
 
 def _read_exposures(array: Any, complete: int) -> Any:

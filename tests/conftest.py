@@ -51,15 +51,19 @@ def detector_directory(data_directory: Path) -> Path:
 
 @pytest.fixture
 def make_client(data_directory: Path, empty_database: Path) -> Iterator[Callable[..., Any]]:
-    """Make a client of the embedded configuration's trees, served in this process; arguments change the configuration."""
+    """Make a client of the embedded configuration's trees, served in this process; arguments change the configuration.
+
+    What breaks in the server is raised in the test, or answered with status 500 if `answer_errors`.
+    """
     contexts: list[Context] = []
 
-    def make(**changes: Any) -> Any:
+    def make(*, answer_errors: bool = False, **changes: Any) -> Any:
         shutil.copy(empty_database, data_directory / "catalog.db")
         config = configuration(data_directory) | changes
         for tree in config["trees"]:
             tree["args"].pop("init_if_not_exists", None)
-        context = Context.from_app(build_app_from_config(Config.model_validate(config)))
+        app = build_app_from_config(Config.model_validate(config))
+        context = Context.from_app(app, raise_server_exceptions=not answer_errors)
         contexts.append(context)
         context.__enter__()
         return from_context(context)

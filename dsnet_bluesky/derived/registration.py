@@ -154,7 +154,7 @@ def _register(client: Any, where: str, run: Any, frames: _RawFrames, mimetype: s
     start = run.metadata["start"]
     attrs = {key: start[key] for key in ("sample", "purpose", "scan_id") if key in start}
     try:
-        return parent.new(
+        node = parent.new(
             StructureFamily.container,
             [source],
             key=uid,
@@ -166,6 +166,10 @@ def _register(client: Any, where: str, run: Any, frames: _RawFrames, mimetype: s
         if error.response.status_code != CONFLICT:
             raise
         return parent[uid]  # somebody else registered it in this moment
+    if frames.instrument.mask and _fails(node, "search"):
+        parent.delete_contents(uid)
+        raise BadInput(_unreadable(frames.instrument.mask))
+    return node
 
 
 def _data_source(frames: _RawFrames, mimetype: str) -> DataSource:
@@ -189,15 +193,20 @@ def _data_source(frames: _RawFrames, mimetype: str) -> DataSource:
 def _check_readable(frames: _RawFrames) -> None:
     """Read one pixel through the server: what it may not read now would be an internal server error later."""
     uri = frames.source.assets[0].data_uri
-    with contextlib.suppress(FileNotFoundError):
-        if path_of(uri).stat():
-            count(FrameReference(uri, str(frames.source.mimetype), frames.source.parameters))
-    corner = ",".join("0:1" for _ in frames.node.shape)
-    http = frames.node.context.http_client
-    if http.get(frames.node.item["links"]["full"], params={"slice": corner}).status_code < INTERNAL_SERVER_ERROR:
-        return
+    if path_of(uri).exists():  # on this machine too, where errors can say more
+        count(FrameReference(uri, str(frames.source.mimetype), frames.source.parameters))
+    if _fails(frames.node, "full", slice=",".join("0:1" for _ in frames.node.shape)):
+        raise BadInput(_unreadable(uri))
+
+
+def _fails(node: Any, link: str, **params: str) -> bool:
+    """Whether the server breaks down over a request; asked once, where Tiled's client would try for 45 s."""
+    return node.context.http_client.get(node.item["links"][link], params=params).status_code >= INTERNAL_SERVER_ERROR
+
+
+def _unreadable(uri: str) -> str:
     folder = path_of(uri).parent
-    raise BadInput(
+    return (
         f"The server cannot read {uri}. Either it does not see that file, or may not read from there: add {folder} to "
         "readable_storage of /raw, /curves and /psfs in its configuration, or start it with "
         f"`dsnet-bluesky serve --readable {folder}`."

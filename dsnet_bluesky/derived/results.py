@@ -22,7 +22,8 @@ from dsnet_bluesky.derived.catalog import CONFLICT, access_tags_of, mount
 
 __all__ = ["LEASE", "AlreadyStored", "ResultWriter"]
 
-STATUS_DTYPE = "<U8"
+STATUSES = ("", "ok", "failed")
+"""Of an exposure; stored as their numbers, because Zarr has no settled format for strings. 0 means not complete yet."""
 
 LEASE = 6 * 3600.0
 """Seconds after which a result that another machine began, and has not touched since, counts as abandoned."""
@@ -51,7 +52,8 @@ class ResultWriter:
     """One result under ``/desmeared``, filled exposure by exposure; make it with `create`.
 
     A result is a container of arrays that reads as a Dataset with dims (exposure, q),
-    also with a plain Tiled client. Its metadata say `status` (running, complete or
+    also with a plain Tiled client (there `status` of an exposure is a number, explained by the
+    variable's attributes). Its metadata say `status` (running, complete or
     failed), `reason`, the number of `exposures` and which of them failed (`failures`).
     A result that failed as a whole holds no arrays: it reads as an empty Dataset
     whose attributes hold `status` and `reason`. Nothing is changed after `complete`
@@ -116,7 +118,7 @@ class ResultWriter:
                     raise
                 _clear_abandoned(parent, key, give_up=last)
             else:
-                writer = cls(node.base, tags)
+                writer = cls(node, tags)
                 _open_writers[key] = writer
                 return writer
         raise AssertionError("unreachable: the second conflict raises AlreadyStored")
@@ -180,7 +182,8 @@ class ResultWriter:
         self._q = rows["q"].values
 
     def _put(self, name: str, values: xr.DataArray) -> None:
-        array = values.values.astype(STATUS_DTYPE) if name == "status" else values.values
+        values = _coded(values) if name == "status" else values
+        array = values.values
         if name not in self._arrays:
             self._arrays[name] = self._create_array(name, values, array)
         elif "exposure" not in values.dims:
@@ -212,6 +215,13 @@ class ResultWriter:
 
 _open_writers: weakref.WeakValueDictionary[str, ResultWriter] = weakref.WeakValueDictionary()
 """Results that this process is writing."""
+
+
+def _coded(status: xr.DataArray) -> xr.DataArray:
+    """Turn the statuses of exposures into numbers, with the CF attributes that explain them."""
+    codes = np.array([STATUSES.index(value) for value in status.values], dtype=np.uint8)
+    meanings = {"flag_values": list(range(1, len(STATUSES))), "flag_meanings": " ".join(STATUSES[1:])}
+    return status.copy(data=codes).assign_attrs(meanings)
 
 
 def _tags_of_raw(client: Any, raw_uid: str) -> list[str] | None:
