@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from .data import BadInput, exposures_of
@@ -94,7 +95,9 @@ def plot_residuals(dataset: xr.Dataset, ax: Axes | None = None) -> Figure:
     for row, colour in zip(values, _sequence(len(values)), strict=True):
         ax.plot(exposures["q"], row, ".", ms=2.5, color=colour)
     limit = max(4.0, 1.15 * float(np.nanpercentile(np.abs(values), 99.5)))
-    ax.set(xscale=_q_scale(exposures), ylim=(-limit, limit), xlabel=Q_LABEL, ylabel=r"residual / $\sigma$")
+    scale = _q_scale(exposures)
+    ax.set(xscale=scale, xlim=_limits(exposures["q"].values, scale), ylim=(-limit, limit), xlabel=Q_LABEL)
+    ax.set_ylabel(r"residual / $\sigma$")
     _ticks(ax)
     return figure
 
@@ -339,3 +342,11 @@ def _colours(count: int) -> list[Any]:
 
 def _ticks(ax: Axes) -> None:
     ax.tick_params(which="both", direction="in", top=True, right=True)
+    if ax.get_xscale() == "log":
+        low, high = ax.get_xlim()
+        # Plain numbers at 1, 2, 5: matplotlib's own labels run into each other over a decade or two.
+        short = low > 0 and high < 300 * low
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if short else (1.0,)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        if short:
+            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
