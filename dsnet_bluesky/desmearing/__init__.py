@@ -4,7 +4,7 @@ A method is a class that takes a `Smearing` and named options, pays once for wha
 depends on the operator alone, and is then called with batches of curves (`Method`).
 `prepare` finds it by name, checks the input and puts the result together; methods
 know nothing of Datasets. They are resolved by name, so that importing this package
-brings in neither scipy's solvers nor torch.
+does not import torch.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Prepared:
     def _attrs(self, solution: Solution) -> dict[str, Any]:
         return {
             "method": self.method,
-            "options": json.dumps(self.options, sort_keys=True),
+            "options": json.dumps(self.options, sort_keys=True, default=str),
             "diagnostics": json.dumps(solution.attrs, sort_keys=True),
             "smearing": self.smearing.kind,
         }

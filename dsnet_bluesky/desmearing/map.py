@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.interpolate import PchipInterpolator
 from scipy.linalg import LinAlgError, cho_solve, cho_solve_banded, cholesky, cholesky_banded
+from scipy.ndimage import gaussian_filter1d
 
 from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.smearing import Smearing
@@ -83,7 +84,7 @@ class MAP:
         smearing: Smearing,
         weight: float | None = None,
         student: float | None = None,
-        maximum_iterations: int = 60,
+        maximum_iterations: int = 100,
         tolerance: float = 1e-3,
     ) -> None:
         for name, value in {"weight": weight, "student": student, "tolerance": tolerance}.items():
@@ -333,14 +334,17 @@ def _full(bands: NDArray) -> NDArray:
 
 
 def _coordinate(q: NDArray, q_calc: NDArray) -> NDArray:
-    """Measure q in local steps of the measured grid, smoothly; above it, go on as ln q."""
-    knots = np.unique(np.linspace(0, q.size - 1, min(9, max(3, q.size // 4))).astype(int))
-    index = PchipInterpolator(q[knots], knots.astype(float), extrapolate=True)
-    slope = index.derivative()
+    """Measure q in local steps of the measured grid, smoothed; above it, go on as ln q."""
+    steps = np.log(np.diff(q))
+    reach = max(steps.size // 8, 1)
+    # Odd reflection keeps a uniform and a logarithmic grid what they are up to their ends.
+    padded = np.pad(steps, reach, mode="reflect", reflect_type="odd")
+    local = np.exp(gaussian_filter1d(padded, reach / 3, truncate=3)[reach : reach + steps.size])
+    inside = PchipInterpolator(q, np.concatenate([[0.0], np.cumsum(np.diff(q) / local)]))
     below, above = q_calc < q[0], q_calc > q[-1]
-    u = index(np.clip(q_calc, q[0], q[-1]))
-    u[below] += slope(q[0]) * (q_calc[below] - q[0])
-    u[above] += slope(q[-1]) * q[-1] * np.log(q_calc[above] / q[-1])
+    u = inside(np.clip(q_calc, q[0], q[-1]))
+    u[below] += (q_calc[below] - q[0]) / local[0]
+    u[above] += q[-1] / local[-1] * np.log(q_calc[above] / q[-1])
     return u
 
 

@@ -14,10 +14,10 @@ from .kernels import kernel_widths, positive_mean
 
 __all__ = ["Wiener"]
 
-TREND_WIDTH = 8.0
-"""Width of the smoothing that gives the trend, in widths of the kernel (at least 8 points)."""
+TREND_WIDTH = 4.0
+"""Width of the smoothing that gives the trend, in widths of the kernel (at least 4 points)."""
 
-MODEL_ERROR = 0.01
+MODEL_ERROR = 0.02
 """What the stationary limit gets wrong, as a part of the curve, and taken for noise."""
 
 WEAKEST = 1e-3
@@ -36,7 +36,7 @@ class Wiener:
     along q (beams near q = 0, slits, dQ columns) is averaged away. The curve is
     divided by its trend first, or the forward peak would ring through the whole record; that
     is exact only where the trend is straight over the width of the kernel. The record is
-    mirrored at both ends. N therefore holds, beside the noise, a hundredth of the curve for
+    mirrored at both ends. N therefore holds, beside the noise, a fiftieth of the curve for
     what the stationary limit gets wrong. It is here to compare with.
 
     Where the filtered curve comes near zero, the answer I is the mean of what its error
@@ -71,7 +71,7 @@ class Wiener:
         self.spectrum_smoothing = spectrum_smoothing
         self._step = float(step.mean())
         self._kernel = np.fft.rfft(_mean_kernel(smearing, self._step))
-        self._trend_width = max(TREND_WIDTH * float(np.median(smearing.widths)) / self._step, 8.0)
+        self._trend_width = max(TREND_WIDTH * float(np.median(smearing.widths)) / self._step, 4.0)
 
     def __call__(self, I: NDArray, Idev: NDArray) -> Solution:
         """Desmear curves of any sign."""

@@ -1,0 +1,248 @@
+"""What every desmearing method owes its caller."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsnet_bluesky.data import RESULT_VARIABLES, BadInput, Flag, curve
+from dsnet_bluesky.desmearing import METHODS, desmear, prepare
+from dsnet_bluesky.desmearing.kernels import kernel_widths, positive_mean, straightened
+from dsnet_bluesky.desmearing.tails import Tails
+from dsnet_bluesky.smearing import Smearing
+
+CLASSICAL = ["lake", "wiener", "map", "ift"]
+Q = np.linspace(0.02, 3.0, 150)
+SIGMA = 0.05
+
+
+def ball(q, R=2.0, background=0.05):
+    x = q * R
+    return 300 * (3 * (np.sin(x) - x * np.cos(x)) / x**3) ** 2 + background
+
+
+def smeared_ball(noise: float = 0.02, exposures: int = 3) -> xr.Dataset:
+    fine = np.arange(0.0005, 3.6, 0.001)
+    ideal = Smearing.gaussian(Q, SIGMA, q_calc=fine).apply(ball(fine))
+    rng = np.random.default_rng(5)
+    sigma = noise * ideal
+    return curve(Q, ideal + sigma * rng.standard_normal((exposures, Q.size)), np.tile(sigma, (exposures, 1)), sample="ball")
+
+
+@pytest.fixture(scope="module")
+def smearing() -> Smearing:
+    return Smearing.gaussian(Q, SIGMA)
+
+
+@pytest.fixture(scope="module")
+def curves() -> xr.Dataset:
+    return smeared_ball()
+
+
+@pytest.mark.parametrize("method", CLASSICAL)
+class TestEveryMethod:
+    def test_result(self, method, smearing, curves):
+        result = desmear(curves, smearing, method)
+        for name in RESULT_VARIABLES:
+            assert result[name].dims == ("exposure", "q")
+        assert result["chi2"].dims == result["flags"].dims == result["status"].dims == ("exposure",)
+        assert (result["status"] == "ok").all()
+        assert np.isfinite(result["I"]).all()
+        assert (result["Idev"] > 0).all()
+        np.testing.assert_array_equal(result["I_smeared"], curves["I"])
+        np.testing.assert_array_equal(result["Idev_smeared"], curves["Idev"])
+        assert result.attrs["method"] == method
+        assert result.attrs["sample"] == "ball"
+        assert json.loads(result.attrs["options"]) == {}
+        assert result["I"].attrs["units"] == "1/cm"
+        assert result["Qdev"].attrs["units"] == "1/nm"
+
+    def test_chi2_is_of_the_resmeared_answer(self, method, smearing, curves):
+        result = desmear(curves, smearing, method)
+        residual = (result["I_resmeared"] - result["I_smeared"]) / result["Idev_smeared"]
+        np.testing.assert_allclose(result["chi2"], (residual**2).mean("q"))
+        poor = (result["flags"] & int(Flag.POOR_FIT)).astype(bool)
+        np.testing.assert_array_equal(poor, result["chi2"] > 2)
+
+    def test_desmearing_comes_nearer_to_the_truth(self, method, smearing, curves):
+        result = desmear(curves, smearing, method)
+        error = {name: float(((np.log(result[name]) - np.log(ball(Q))) ** 2).mean()) for name in ("I", "I_smeared")}
+        assert error["I"] < error["I_smeared"] / 3
+
+    def test_dims_follow_the_input(self, method, smearing, curves):
+        one = curves.isel(exposure=1)
+        result = desmear(one, smearing, method)
+        assert result["I"].dims == ("q",)
+        assert result["chi2"].dims == ()
+        batch = desmear(curves, smearing, method).isel(exposure=1)
+        np.testing.assert_allclose(result["I"], batch["I"], rtol=1e-6)
+        turned = desmear(curves.transpose("q", "exposure"), smearing, method)
+        np.testing.assert_allclose(turned["I"].transpose("exposure", "q"), desmear(curves, smearing, method)["I"], rtol=1e-6)
+
+    def test_order_of_exposures_does_not_matter(self, method, smearing, curves):
+        prepared = prepare(smearing, method)
+        order = [2, 0, 1]
+        there = prepared(curves.isel(exposure=order))
+        back = prepared(curves).isel(exposure=order)
+        np.testing.assert_allclose(there["I"], back["I"], rtol=1e-9)
+        np.testing.assert_allclose(there["Idev"], back["Idev"], rtol=1e-9)
+
+    @settings(max_examples=5, deadline=None)
+    @given(factor=st.floats(1e-6, 1e9))
+    def test_scaling(self, method, factor):
+        measured = smeared_ball(exposures=1)
+        prepared = prepare(Smearing.gaussian(Q, SIGMA), method)
+        scaled = prepared(curve(Q, factor * measured["I"].values, factor * measured["Idev"].values))
+        plain = prepared(measured)
+        np.testing.assert_allclose(scaled["I"], factor * plain["I"], rtol=1e-5)
+        np.testing.assert_allclose(scaled["Idev"], factor * plain["Idev"], rtol=1e-3)
+        np.testing.assert_allclose(scaled["chi2"], plain["chi2"], rtol=1e-5)
+
+    @settings(max_examples=5, deadline=None)
+    @given(seed=st.integers(0, 2**32 - 1), noise=st.floats(1e-4, 0.02))
+    def test_identity_returns_the_curve(self, method, seed, noise):
+        truth = ball(Q)
+        measured = truth * (1 + noise * np.random.default_rng(seed).standard_normal(Q.size))
+        result = desmear(curve(Q, measured, noise * truth), Smearing.identity(Q), method)
+        # Wiener's filter takes a fiftieth of the curve for noise, and spreads it over the minimum.
+        bound = 0.3 if method == "wiener" else 6 * noise
+        assert (np.abs(result["I"] - truth) <= bound * truth).all()
+
+    def test_unknown_option(self, method, smearing):
+        with pytest.raises(BadInput, match=r"has no option wieght; its options are .+"):
+            prepare(smearing, method, wieght=1)
+
+    def test_estimated_noise_is_flagged(self, method, smearing, curves):
+        result = desmear(curve(Q, curves["I"].values), smearing, method)
+        assert (result["flags"] & int(Flag.NOISE_ESTIMATED) > 0).all()
+
+    def test_input_is_left_alone(self, method, smearing, curves):
+        before = curves.copy(deep=True)
+        desmear(curves, smearing, method)
+        xr.testing.assert_identical(before, curves)
+
+
+class TestBadInput:
+    def test_unknown_method(self, smearing):
+        with pytest.raises(BadInput, match=r"no method 'lakes'.*dsnet-paper, ift, lake, map, wiener"):
+            prepare(smearing, "lakes")
+
+    def test_other_grid(self, smearing):
+        other = Q * 1.01
+        with pytest.raises(BadInput, match="build it on the curve's q"):
+            desmear(curve(other, ball(other), 0.1 * ball(other)), smearing)
+        with pytest.raises(BadInput, match=r"has 140 points .* was built for 150"):
+            desmear(curve(Q[:140], ball(Q[:140]), 0.1 * ball(Q[:140])), smearing)
+
+    def test_curve_shorter_than_the_psf(self):
+        q = np.linspace(1.0, 1.1, 30)
+        with pytest.raises(BadInput, match=r"shorter than the PSF: q spans 0.1 1/nm .* width of 0.08\d* 1/nm"):
+            prepare(Smearing.gaussian(q, 0.08))
+
+    def test_a_slit_longer_than_the_curve_is_extrapolated(self):
+        q = np.geomspace(1e-3, 0.05, 60)
+        truth = 1 / (1 + (q / 0.01) ** 2) ** 2
+        slit = Smearing.slit(q, 1.0)
+        result = desmear(curve(q, slit.apply(1 / (1 + (slit.q_calc / 0.01) ** 2) ** 2), 0.01 * truth), slit)
+        assert int(result["flags"]) & int(Flag.EXTRAPOLATED)
+
+    def test_bad_curve(self, smearing, curves):
+        broken = curves.copy(deep=True)
+        broken["I"][1, 7] = np.nan
+        with pytest.raises(BadInput, match="I is not finite at 1 points"):
+            desmear(broken, smearing)
+
+
+def test_methods_resolve_by_name_only():
+    assert set(CLASSICAL) < set(METHODS)
+    script = "import sys, dsnet_bluesky.desmearing; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_non_stationary_operator_on_any_grid():
+    """A dQ column on a logarithmic grid: MAP and the indirect transform take it as it is."""
+    q = np.geomspace(0.05, 3.0, 160)
+    fine = np.linspace(1e-3, 4.5, 20000)
+    dq = 0.04 + 0.02 * q
+    ideal = Smearing.pinhole(q, dq, q_calc=fine).apply(ball(fine))
+    measured = curve(q, ideal, 0.01 * ideal)
+    operator = Smearing.pinhole(q, dq)
+    before = np.mean((np.log(ideal) - np.log(ball(q))) ** 2)
+    for method in ("lake", "map", "ift"):
+        result = desmear(measured, operator, method)
+        assert np.mean((np.log(result["I"]) - np.log(ball(q))) ** 2) < before / 4
+        assert float(result["chi2"]) < 2
+
+
+class TestKernels:
+    @given(width=st.floats(0.03, 0.2))
+    @settings(max_examples=10, deadline=None)
+    def test_gaussian_keeps_its_width(self, width):
+        x = np.arange(0, 3, 0.01)
+        rows = np.exp(-0.5 * ((x[100:200, None] - x) / width) ** 2)
+        np.testing.assert_allclose(kernel_widths(rows, x), width, rtol=0.01)
+
+    def test_identity_is_narrower_than_a_step(self):
+        x = np.arange(0, 1, 0.01)
+        assert (kernel_widths(np.eye(x.size), x) < 0.005).all()
+
+    def test_positive_mean(self):
+        means = positive_mean(np.array([0.0, 5.0, 1e6]), np.ones(3))
+        np.testing.assert_allclose(means, [np.sqrt(2 / np.pi), 5.0, 1e6], rtol=1e-5)
+        far_below = positive_mean(np.array([-1e3]), np.ones(1))
+        np.testing.assert_allclose(far_below, 1e-3, rtol=1e-2)
+
+    def test_straightened_curves_smear_right(self):
+        exact = Smearing.gaussian(Q, SIGMA, q_calc=np.arange(0.0005, 3.6, 0.001))
+        coarse = Smearing.gaussian(Q, SIGMA)
+        truth = exact.apply(ball(exact.q_calc))
+        plain = coarse.apply(ball(coarse.q_calc + 1e-12))
+        straight = coarse.apply(straightened(coarse, ball(coarse.q_calc + 1e-12)))
+        inner = slice(10, -10)
+        assert np.abs(straight / truth - 1)[inner].max() < 0.1 * np.abs(plain / truth - 1)[inner].max()
+
+
+class TestTails:
+    GRID = np.linspace(0.1, 1.0, 91)
+
+    @pytest.mark.parametrize(
+        ("form", "law"),
+        [
+            ("constant", lambda q: 3.0 + 0 * q),
+            ("linear", lambda q: 5.0 - 0.5 * q),
+            ("power", lambda q: 2.0 * q**-3.2),
+            ("porod", lambda q: 0.3 * q**-4.0 + 1.5),
+        ],
+    )
+    def test_each_form_continues_its_law(self, form, law):
+        slit = Smearing.slit(self.GRID, 1.0)
+        filled = Tails(slit, form).fill(law(self.GRID), np.full(self.GRID.size, 0.01))
+        np.testing.assert_allclose(filled, law(slit.q_calc), rtol=1e-8)
+
+    def test_guinier_below(self):
+        smearing = Smearing.gaussian(self.GRID, 0.04)
+        law = lambda q: 7.0 * np.exp(-3.0 * q**2)  # noqa: E731
+        filled = Tails(smearing).fill(law(self.GRID), np.full(self.GRID.size, 0.01))
+        below = smearing.q_calc < self.GRID[0]
+        assert below.sum() >= 5
+        np.testing.assert_allclose(filled[below], law(smearing.q_calc)[below], rtol=1e-9)
+
+    def test_a_tail_is_never_negative(self):
+        slit = Smearing.slit(self.GRID, 5.0)
+        filled = Tails(slit, "linear").fill(1.02 - self.GRID, np.full(self.GRID.size, 0.01))
+        assert (filled >= 0).all()
+        assert filled[-1] == 0
+
+    def test_bad_options(self):
+        smearing = Smearing.identity(self.GRID)
+        with pytest.raises(BadInput, match="constant, linear, power, porod"):
+            Tails(smearing, "cubic")
+        with pytest.raises(BadInput, match="fewer than 2 points"):
+            Tails(smearing, "linear", 2.0)
