@@ -169,15 +169,21 @@ def ingest(
     monitor: Annotated[float, typer.Option(help="Monitor counts to divide by.")] = 1.0,
     transmission: Annotated[float, typer.Option(help="Of the sample, to divide by.")] = 1.0,
     dataset: Annotated[str | None, typer.Option(help="Path of the images inside HDF5 files.", show_default=False)] = None,
+    desmear: Annotated[bool, typer.Option("--desmear/--no-desmear", help="Desmear samples and store the results.")] = True,
+    method: Annotated[str, typer.Option("--method", "-m", help="lake, wiener, map, ift or dsnet-paper.")] = "map",
     uri: Uri = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
-    """Register detector files as Bluesky runs in the catalog, without copying them."""
+    """Register detector files as Bluesky runs in the catalog, without copying them, and desmear samples.
+
+    Prints the runs' uids; what became of the results goes to stderr.
+    """
     from .ingest import ingest as ingest_files
 
+    client = _client(uri, api_key)
     uids = ingest_files(
         files,
-        client=_client(uri, api_key),
+        client=client,
         purpose=purpose,
         poni=poni,
         mask=mask,
@@ -190,6 +196,8 @@ def ingest(
     )
     for uid in uids:
         _say(uid)
+    if desmear and purpose == "sample":
+        _desmear_runs(client, uids, method)
 
 
 @app.command()
@@ -269,6 +277,28 @@ def _parse_option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def _desmear_runs(client: Any, uids: list[str], method: str) -> None:
+    """Desmear runs of the catalog and say what became of each; status 1 if one failed."""
+    from tiled.queries import Key
+
+    from .callbacks.desmear import desmear_runs
+    from .pipeline import Config
+
+    config = Config(method=method)
+    desmear_runs(client, uids, config=config)
+    failed = False
+    for uid in uids:
+        found = client["desmeared"].search(Key("raw_uid") == uid).search(Key("config_sha256") == config.sha256)
+        for result in found.values():
+            metadata = result.metadata
+            failed |= metadata["status"] != "complete" or bool(metadata["failures"])
+            reasons = [metadata["reason"], *(f"exposure {f}" for f in metadata["failures"])]
+            why = "; ".join(str(reason) for reason in reasons if reason)
+            _say(f"{uid[:8]} {metadata['status']}: /desmeared/{result.item['id']}{f' ({why})' if why else ''}", stderr=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _check_device(device: str) -> None:

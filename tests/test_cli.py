@@ -230,15 +230,27 @@ class TestServer:
         server = ("--uri", served.uri, "--api-key", served.api_key)
         geometry = ("--poni", poni_file, *server)
         (beam,) = dsnet("ingest", names[0], "--purpose", "direct_beam", *geometry).stdout.split()
-        (uid,) = dsnet(
-            "ingest", names[1], "--purpose", "sample", "--sample", "AgBh", "--direct-beam", beam, "--exposure-time", 2, *geometry
-        ).stdout.split()
+        sample = ("--purpose", "sample", "--sample", "AgBh", "--direct-beam", beam, "--exposure-time", 2)
+        done = dsnet("ingest", names[1], *sample, *geometry)
+        (uid,) = done.stdout.split()
         client = served.client()
+        (key,) = re.findall(rf"{uid[:8]} complete: /desmeared/(\S+)", done.stderr)
+        assert client["desmeared"][key].read()["chi2"].values == pytest.approx([1], abs=0.4)
         start = client["raw"][uid].metadata["start"]
         assert (start["sample"], start["direct_beam_uid"]) == ("AgBh", beam)
         assert client["curves"][uid].read().sizes["exposure"] == 1
         assert float(client["psfs"][beam].read()["counts"]) > 1e5
         assert "curves: 0" in dsnet("register", *server).stdout
+
+    def test_ingest_says_why_a_sample_could_not_be_desmeared(self, dsnet, served, poni_file, sample_frames):
+        fabio = pytest.importorskip("fabio.edfimage")
+        names = [served.data_directory / "detector" / f"{name}.edf" for name in ("closed_shutter", "no_beam")]
+        for name, frame in zip(names, (0 * sample_frames[0], sample_frames[0]), strict=True):
+            fabio.EdfImage(data=frame).write(str(name))
+        server = ("--uri", served.uri, "--api-key", served.api_key, "--poni", poni_file)
+        (beam,) = dsnet("ingest", names[0], "--purpose", "direct_beam", *server).stdout.split()
+        done = dsnet("ingest", names[1], "--purpose", "sample", "--direct-beam", beam, *server, status=1)
+        assert re.search(r"failed: /desmeared/\S+ \(The direct beam holds 0 counts; at least 10000", done.stderr)
 
     def test_a_wrong_key_is_said(self, fails, served):
         fails("register", "--uri", served.uri, "--api-key", "wrong", match="refuses .*--api-key")

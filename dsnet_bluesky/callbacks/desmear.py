@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from .exposures import ExposureRouter, exposures_of_documents
 from .pairing import DirectBeam, DirectBeams, summed
 from .worker import Worker
 
-__all__ = ["DesmearCallback", "Statistics"]
+__all__ = ["DesmearCallback", "Statistics", "desmear_runs"]
 
 logger = logging.getLogger(__name__)
 
@@ -330,6 +330,32 @@ class DesmearCallback:
         self._finish(run_uid)
         self._put_off.pop(run_uid, None)
         return True
+
+
+def desmear_runs(client: Any, uids: Iterable[str], *, config: Config | None = None) -> Statistics:
+    """Desmear runs of the catalog as if they were taken now, and wait until they are stored.
+
+    Parameters
+    ----------
+    client
+        Tiled client of the server's root.
+    uids
+        Runs of ``/raw``.
+    config
+        How to reduce and desmear.
+
+    Returns
+    -------
+    Statistics
+        What was done; failures are results that say why.
+    """
+    callback = DesmearCallback(client, config=config)
+    for uid in uids:
+        for name, doc in client["raw"][uid].documents():
+            callback(name, doc)
+        callback.wait()  # one run at a time: the queue is bounded, and archived documents come fast
+    callback.close()
+    return callback.statistics
 
 
 @dataclass

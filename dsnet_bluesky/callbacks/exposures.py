@@ -7,6 +7,7 @@ resources) or of yesterday's (resources and datums).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -44,6 +45,7 @@ class ExposureRouter:
 
     def __init__(self, on_exposure: Callable[[Exposure], None]):
         self._on_exposure = on_exposure
+        self._open: set[str] = set()
         self._router = RunRouter([self._new_run], filler_class=_Unfilled)  # type: ignore[arg-type]
 
     def __call__(self, name: str, doc: dict[str, Any]) -> None:
@@ -54,7 +56,13 @@ class ExposureRouter:
         KeyError
             If the document belongs to a run whose start was not seen.
         """
+        if name == "start":
+            self._open.add(doc["uid"])
+        elif name == "stop" and doc["run_start"] not in self._open:
+            raise KeyError(f"Run {doc['run_start']} stops here, but its start was not seen.")
         self._router(name, doc)
+        if name == "stop":
+            self._open.discard(doc["run_start"])
 
     def _new_run(self, name: str, start: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         return [_NormalisedRun(self._on_exposure)], []
@@ -93,7 +101,8 @@ class _NormalisedRun:
         self._normalizer.subscribe(self._run)
 
     def __call__(self, name: str, doc: dict[str, Any]) -> None:
-        self._normalizer(name, doc)
+        # The normaliser changes documents in place; others hold them too, and those of a catalog are frozen.
+        self._normalizer(name, copy.deepcopy(dict(doc)))
         found, self._run.found = self._run.found, []
         for exposure in found:
             self._on_exposure(exposure)
