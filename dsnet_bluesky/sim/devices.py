@@ -128,9 +128,8 @@ class FrameSource:
             self._file.close()
             self._file = None
 
-    async def acquire(self) -> None:
+    async def acquire(self, setting: Setting) -> None:
         """Take the frames that were asked for, one after another."""
-        setting = await self.setting()
         for _ in range(self.number):
             if self.realtime:
                 await asyncio.sleep(self.time)
@@ -173,8 +172,9 @@ class AcquireLogic(DetectorAcquireLogic):
         self._task: asyncio.Task | None = None
 
     async def start_acquiring(self) -> None:
-        """Start taking frames."""
-        self._task = asyncio.create_task(self.source.acquire())
+        """Start taking frames; raises at once where the devices stand at something impossible."""
+        setting = await self.source.setting()
+        self._task = asyncio.create_task(self.source.acquire(setting))
 
     async def wait_for_idle(self) -> None:
         """Wait for the last frame; raises what the acquisition raised."""

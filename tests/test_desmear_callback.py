@@ -1,0 +1,334 @@
+"""DesmearCallback under a real RunEngine and a real catalog, with planted faults."""
+
+import json
+import threading
+import time
+
+import h5py
+import numpy as np
+import pytest
+from bluesky import plan_stubs as bps
+from bluesky.utils import FailedStatus
+from bluesky_tiled_plugins import TiledWriter
+from event_model import compose_run
+from ophyd_async.plan_stubs import ensure_connected
+from tiled.queries import Key
+
+from dsnet_bluesky.callbacks import pairing
+from dsnet_bluesky.callbacks.desmear import DesmearCallback
+from dsnet_bluesky.pipeline import Config, PreparedExposures
+from dsnet_bluesky.plans import Instrument, direct_beam, expose
+from dsnet_bluesky.sim import SaxsCamera, SimBeamline
+
+CONFIG = Config(bins=60, per_bin=32)
+BEAMSTOP = 2.8e-3
+WAIT = 60
+
+
+class Line:
+    """A small simulated beamline, its RunEngine and its catalog."""
+
+    def __init__(self, engine, client, folder):
+        self.engine, self.client, self.folder = engine, client, folder
+        self.camera = SaxsCamera("Pilatus100k", centre=(97.5, 243.5), hot_pixels=5, oversampling=1, seed=1)
+        self.beamline = SimBeamline(folder, self.camera)
+        np.save(folder / "mask.npy", self.camera.mask(BEAMSTOP))
+        self.instrument = Instrument(self.camera.poni, slit_width=4e-3, slit_height=2.5e-3)
+        self.docs = []
+        engine(ensure_connected(*self.beamline.devices))
+        engine.subscribe(TiledWriter(client["raw"], batch_size=1))
+        engine.subscribe(lambda name, doc: self.docs.append((name, doc)))
+
+    def subscribe(self, **options):
+        callback = DesmearCallback(self.client, config=CONFIG, **options)
+        self.engine.subscribe(callback)
+        return callback
+
+    def beam(self, seconds=60.0):
+        def plan():
+            line = self.beamline
+            yield from bps.mv(line.beamstop.radius, 0.0, line.attenuator.factor, 5000.0, line.changer.sample, "")
+            yield from bps.configure(self.instrument, mask=None)
+            yield from direct_beam(line.detector, instrument=self.instrument, exposure_time=seconds)
+
+        return self.engine(plan())[0]
+
+    def sample(self, **options):
+        return self.engine(self.sample_plan(**options))[0]
+
+    def sample_plan(self, **options):
+        line = self.beamline
+        yield from bps.mv(line.beamstop.radius, BEAMSTOP, line.attenuator.factor, 1.0, line.changer.sample, "AgBh")
+        yield from bps.configure(self.instrument, mask=self.folder / "mask.npy")
+        yield from expose(line.detector, sample="AgBh", instrument=self.instrument, exposure_time=60.0, **options)
+
+    def result(self, uid):
+        (node,) = self.client["desmeared"].search(Key("raw_uid") == uid).values()
+        return node
+
+
+@pytest.fixture
+def line(RE, client, detector_directory):
+    return Line(RE, client, detector_directory)
+
+
+@pytest.fixture
+def desmear(line):
+    callback = line.subscribe()
+    yield callback
+    assert callback.close()
+
+
+def test_results_appear_exposure_by_exposure_while_the_plan_runs(line, desmear):
+    seen = []
+
+    def watch(name, doc):
+        # On the RunEngine's thread, after the event: waiting here holds the plan, so what is stored now is stored live.
+        if name == "event" and purpose_of(line.docs) == "sample":
+            end = time.monotonic() + WAIT
+            while desmear.statistics.exposures < doc["seq_num"] and time.monotonic() < end:
+                time.sleep(0.02)
+            seen.append((desmear.statistics.exposures, desmear.statistics.runs))
+
+    def purpose_of(docs):
+        return [doc for name, doc in docs if name == "start"][-1]["purpose"]
+
+    line.engine.subscribe(watch)
+    beam = line.beam()
+    sample = line.sample(exposures=3, direct_beam_uid=beam)
+    assert [exposures for exposures, _ in seen] == [1, 2, 3]
+    assert {runs for _, runs in seen} == {0}, "all before the run had ended"
+    assert desmear.wait(WAIT)
+    node = line.result(sample)
+    assert node.metadata["status"] == "complete"
+    assert node.metadata["parent_node_map"] == {"sample": sample, "direct_beam": beam}
+    result = node.read()
+    assert dict(result.sizes) == {"exposure": 3, "q": result.sizes["q"]}
+    assert (result["status"] == "ok").all()
+    assert np.isfinite(result["I"]).all()
+    assert line.client["curves"][sample].read().sizes["exposure"] == 3
+    assert float(line.client["psfs"][beam].read()["counts"]) > 1e5
+
+
+def test_without_a_direct_beam_the_result_says_so(line, desmear):
+    sample = line.sample()
+    assert desmear.wait(WAIT)
+    assert line.result(sample).metadata["status"] == "failed"
+    assert "No direct beam was exposed before this sample" in line.result(sample).metadata["reason"]
+
+
+def test_direct_beam_of_other_slits_is_refused_by_name(line, desmear):
+    beam = line.beam()
+    line.engine(bps.configure(line.instrument, slit_width=0.8e-3))
+    sample = line.sample(direct_beam_uid=beam)
+    assert desmear.wait(WAIT)
+    assert line.result(sample).metadata["status"] == "failed"
+    assert "slit_width 0.800 mm, direct beam 4.000 mm" in line.result(sample).metadata["reason"]
+
+
+def test_direct_beam_that_nobody_knows(line, desmear):
+    sample = line.sample(direct_beam_uid="not-there")
+    assert desmear.wait(WAIT)
+    assert "direct beam not-there, which the catalog does not hold" in line.result(sample).metadata["reason"]
+
+
+def test_too_few_counts_in_the_direct_beam(line, desmear):
+    line.beam(seconds=0.02)
+    sample = line.sample()
+    assert desmear.wait(WAIT)
+    assert "counts; at least 10000 are needed" in line.result(sample).metadata["reason"]
+
+
+def test_nearest_earlier_direct_beam_that_fits_is_taken(line, desmear):
+    first = line.beam()
+    fitting = line.beam()
+    line.engine(bps.configure(line.instrument, slit_height=1e-3))
+    line.beam()
+    line.engine(bps.configure(line.instrument, slit_height=2.5e-3))
+    sample = line.sample()
+    assert desmear.wait(WAIT)
+    assert line.result(sample).metadata["direct_beam_uid"] == fitting != first
+
+
+def test_fresh_callback_finds_the_direct_beam_in_the_catalog(line):
+    beam = line.beam()
+    callback = line.subscribe()
+    named, nearest = line.sample(direct_beam_uid=beam), line.sample()
+    assert callback.wait(WAIT)
+    callback.close()
+    assert [line.result(uid).metadata["status"] for uid in (named, nearest)] == ["complete", "complete"]
+    assert line.result(nearest).metadata["direct_beam_uid"] == beam
+
+
+def test_one_bad_frame_costs_one_row(line, desmear, monkeypatch):
+    line.beam()
+    frame, count = line.camera.frame, iter(range(3))
+    monkeypatch.setattr(line.camera, "frame", lambda *a: frame(*a) if next(count) != 1 else np.full(line.camera.shape, -1, "i4"))
+    sample = line.sample(exposures=3)
+    assert desmear.wait(WAIT)
+    node = line.result(sample)
+    assert node.read()["status"].values.tolist() == ["ok", "failed", "ok"]
+    assert np.isnan(node.read()["I"][1]).all()
+    (failure,) = node.metadata["failures"]
+    assert failure["exposure"] == 1
+    assert "no usable image" in failure["reason"]
+
+
+def test_file_that_vanished(line):
+    line.beam()
+    sample = line.sample()
+    (uri,) = [doc["uri"] for name, doc in line.docs[-6:] if name == "stream_resource"]
+    (line.folder / uri.rsplit("/", 1)[1]).unlink()
+    callback = DesmearCallback(line.client, config=CONFIG)
+    for name, doc in line.docs:
+        callback(name, doc)
+    assert callback.wait(WAIT)
+    callback.close()
+    assert line.result(sample).metadata["status"] == "failed"
+    assert "does not exist" in line.result(sample).metadata["reason"]
+
+
+def test_error_of_ours_becomes_a_failed_row_and_the_worker_goes_on(line, desmear, monkeypatch):
+    line.beam()
+    call = PreparedExposures.__call__
+    with monkeypatch.context() as planted:
+        planted.setattr(PreparedExposures, "__call__", lambda *a, **k: 1 / 0)
+        failing = line.sample(exposures=2)
+        assert desmear.wait(WAIT)
+    assert [doc["exit_status"] for name, doc in line.docs if name == "stop"] == ["success", "success"]
+    assert line.result(failing).metadata["status"] == "failed"
+    assert "Internal error, please report it: ZeroDivisionError" in line.result(failing).metadata["reason"]
+    assert desmear.statistics.errors == 2
+    assert PreparedExposures.__call__ is call
+    working = line.sample()
+    assert desmear.wait(WAIT)
+    assert line.result(working).metadata["status"] == "complete"
+
+
+def test_worker_that_hangs_does_not_slow_the_plan_and_finishes_later(line, monkeypatch):
+    line.beam()
+
+    def duration():
+        start = time.perf_counter()
+        line.sample(exposures=5)
+        return time.perf_counter() - start
+
+    line.sample()  # what is computed once is computed now
+    without = min(duration() for _ in range(2))
+    release, prepare = threading.Event(), pairing.prepare_exposures
+    monkeypatch.setattr(pairing, "prepare_exposures", lambda *a, **k: (release.wait(WAIT), prepare(*a, **k))[1])
+    callback = line.subscribe()
+    hanging = min(duration() for _ in range(2))
+    assert hanging < 1.5 * without + 0.5
+    assert callback.statistics.exposures == 0, "the worker does hang"
+    assert not callback.wait(0.1)
+    release.set()
+    assert callback.wait(WAIT)
+    callback.close()
+    assert callback.statistics.exposures == 10
+
+
+def test_full_queue_puts_the_run_off_and_loses_nothing(line, monkeypatch):
+    beam = line.beam()
+    release, prepare = threading.Event(), pairing.prepare_exposures
+    monkeypatch.setattr(pairing, "prepare_exposures", lambda *a, **k: (release.wait(WAIT), prepare(*a, **k))[1])
+    callback = line.subscribe(queue_size=6)
+    first = line.sample(exposures=4, direct_beam_uid=beam)
+    second = line.sample(exposures=2, direct_beam_uid=beam)
+    assert callback.statistics.exposures == 0
+    release.set()
+    assert callback.wait(WAIT)
+    callback.close()
+    assert callback.statistics.deferred == 2
+    for uid, exposures in ((first, 4), (second, 2)):
+        assert line.result(uid).metadata["status"] == "complete"
+        result = line.result(uid).read()
+        assert result.sizes["exposure"] == exposures
+        assert len(np.unique(result["I_smeared"].values[:, 10])) == exposures, "each exposure once"
+
+
+def test_listener_that_comes_in_the_middle_of_a_run(line):
+    line.beam()
+    line.sample(exposures=2)
+    half = len(line.docs) - 5
+    callback = DesmearCallback(line.client, config=CONFIG)
+    for name, doc in line.docs[half:]:
+        callback(name, doc)
+    assert callback.wait(WAIT)
+    callback.close()
+    assert callback.statistics.deferred == 1
+    (node,) = line.client["desmeared"].values()
+    assert node.read().sizes["exposure"] == 2
+
+
+def test_same_documents_twice_give_one_result(line, desmear):
+    line.beam()
+    line.sample()
+    assert desmear.wait(WAIT)
+    again = DesmearCallback(line.client, config=CONFIG)
+    for name, doc in line.docs:
+        again(name, json.loads(json.dumps(doc)))
+    assert again.wait(WAIT)
+    again.close()
+    assert again.statistics.stored_before == 1
+    assert len(line.client["desmeared"]) == 1
+
+
+def test_run_that_fails_keeps_what_was_taken(line, desmear):
+    line.beam()
+    with pytest.raises(FailedStatus):
+        line.sample(motor=line.beamline.changer.sample, positions=["AgBh", "not in the changer"])
+    stop = line.docs[-1][1]
+    assert stop["exit_status"] == "fail"
+    assert desmear.wait(WAIT)
+    assert line.result(stop["run_start"]).metadata["status"] == "complete"
+    assert line.result(stop["run_start"]).read().sizes["exposure"] == 1
+
+
+def test_documents_of_yesterdays_kind(line, desmear):
+    """Resource and datum, as ophyd's area detectors write them, with real files."""
+    writer = TiledWriter(line.client["raw"], batch_size=1)
+    uids = []
+    for purpose in ("direct_beam", "sample"):
+        frames = [read_last(line.folder, line.beam() if purpose == "direct_beam" else line.sample())]
+        for name, doc in old_run(line, purpose, np.concatenate(frames)):
+            writer(name, json.loads(json.dumps(doc)))
+            desmear(name, doc)
+            uids += [doc["uid"]] if name == "start" else []
+    assert desmear.wait(WAIT)
+    assert line.result(uids[1]).metadata["status"] == "complete"
+    assert line.result(uids[1]).metadata["direct_beam_uid"] == uids[0]
+
+
+def read_last(folder, uid):
+    newest = max(folder.glob("*.h5"), key=lambda path: path.stat().st_mtime_ns)
+    with h5py.File(newest) as file:
+        return file["entry/data/data"][()]
+
+
+def old_run(line, purpose, frames):
+    run = compose_run(metadata={"purpose": purpose, "sample": "old"})
+    yield "start", run.start_doc
+    path = line.folder / f"old-{purpose}.h5"
+    with h5py.File(path, "w") as file:
+        file["entry/data/data"] = frames
+    mask = (line.folder / "mask.npy").as_uri() if purpose == "sample" else ""
+    values = {"det_poni": json.dumps(line.camera.poni), "det_mask": mask, "det_slit_width": 4e-3, "det_exposure_time": 60.0}
+    kinds = {key: "string" if isinstance(value, str) else "number" for key, value in values.items()}
+    configuration = {
+        "data": values,
+        "timestamps": dict.fromkeys(values, 0.0),
+        "data_keys": {key: {"source": "PV", "dtype": kind, "shape": []} for key, kind in kinds.items()},
+    }
+    key = {"source": "PV", "dtype": "array", "dtype_numpy": "<i4", "shape": [1, *line.camera.shape], "external": "FILESTORE:"}
+    stream = run.compose_descriptor(name="primary", data_keys={"det_image": key}, configuration={"det": configuration})
+    yield "descriptor", stream.descriptor_doc
+    resource = run.compose_resource(spec="AD_HDF5", root="/", resource_path=str(path).lstrip("/"), resource_kwargs={})
+    yield "resource", resource.resource_doc
+    datum = resource.compose_datum(datum_kwargs={"point_number": 0})
+    yield "datum", datum
+    yield (
+        "event",
+        stream.compose_event(data={"det_image": datum["datum_id"]}, timestamps={"det_image": 0.0}, filled={"det_image": False}),
+    )
+    yield "stop", run.compose_stop()
