@@ -17,6 +17,7 @@ import numpy as np
 from bluesky_tiled_plugins import TiledWriter
 from event_model import compose_run
 from numpy.typing import NDArray
+from tiled.utils import ensure_uri
 
 from . import derived
 from .data import BadInput
@@ -105,7 +106,7 @@ def _instrument(poni: str | Path | Mapping[str, Any], mask: str | Path | None, s
     if unknown:
         raise BadInput(f"An instrument has no {', '.join(sorted(unknown))}.")
     geometry = dict(poni) if isinstance(poni, Mapping) else load_poni(poni)
-    uri = Path(mask).absolute().as_uri() if mask else None
+    uri = _uri(Path(mask).absolute()) if mask else None
     instrument = Instrument(poni=json.loads(json.dumps(geometry, default=str)), mask=uri, **state)
     if mask:
         _check_mask(load_mask(mask), _detector_shape(instrument), mask)
@@ -131,8 +132,10 @@ def _full_uid(client: Any, direct_beam: str | None) -> str | None:
         return None
     try:
         run = client["raw"][direct_beam]
-    except KeyError:
-        raise BadInput(f"The catalog holds no run {direct_beam}; ingest the direct beam first and give its uid.") from None
+    except (KeyError, ValueError):  # none, or too few letters to choose one
+        raise BadInput(
+            f"The catalog holds no run {direct_beam}, or several that begin so; ingest the direct beam first and give its uid."
+        ) from None
     start = run.metadata["start"]
     if start.get("purpose") != "direct_beam":
         raise BadInput(f"Run {direct_beam} is no direct beam: its purpose is {start.get('purpose')!r}.")
@@ -143,10 +146,11 @@ def _describe(path: Path, shape: tuple[int, int], dataset: str | None) -> _File:
     path = path.absolute()
     if not path.is_file():
         raise BadInput(f"The file {path} does not exist.")
+    uri = _uri(path)
     if h5py.is_hdf5(path):
-        reference = FrameReference(path.as_uri(), HDF5_MIMETYPE, {"dataset": dataset or _find_dataset(path, shape)})
+        reference = FrameReference(uri, HDF5_MIMETYPE, {"dataset": dataset or _find_dataset(path, shape)})
     else:
-        reference = FrameReference(path.as_uri(), FABIO_MIMETYPE)
+        reference = FrameReference(uri, FABIO_MIMETYPE)
     number = count(reference)
     if number == 0:
         raise BadInput(f"{path.name} holds no frame.")
@@ -160,24 +164,40 @@ def _describe(path: Path, shape: tuple[int, int], dataset: str | None) -> _File:
     return _File(reference, number, shape, frame.dtype, path.stat().st_mtime)
 
 
+def _uri(path: Path) -> str:
+    """Name a file as Tiled does: it takes a URI's path as it stands, and decodes nothing."""
+    special = sorted(set("%#?;") & set(str(path)))
+    if special:
+        raise BadInput(f"The catalog cannot refer to {path}: its name holds {' '.join(special)}. Rename it.")
+    return ensure_uri(path)
+
+
 def _find_dataset(path: Path, shape: tuple[int, int]) -> str:
     """Find the frames in an HDF5 file: the default NXdata's signal, else the only dataset of the detector's shape."""
-    with h5py.File(path, "r") as file:
-        default = _default_signal(file)
-        if default is not None and default.shape[-2:] == shape:
-            return str(default.name)
-        found: list[str] = []
-
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.shape[-2:] == shape and item.dtype.kind in "iuf":
-                found.append(f"/{name}")
-
-        file.visititems(visit)
+    try:
+        with h5py.File(path, "r") as file:
+            found = _candidates(file, shape)
+    except OSError as error:
+        raise BadInput(f"{path.name} is truncated or damaged ({error}).") from error
     if len(found) == 1:
         return found[0]
     if not found:
         raise BadInput(f"{path.name} holds no dataset of frames with {shape[0]} x {shape[1]} pixels, the geometry's detector.")
     raise BadInput(f"{path.name} holds several datasets that may be the frames: {', '.join(found)}. Choose one (--dataset).")
+
+
+def _candidates(file: h5py.File, shape: tuple[int, int]) -> list[str]:
+    default = _default_signal(file)
+    if default is not None and default.shape[-2:] == shape:
+        return [str(default.name)]
+    found: list[str] = []
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.shape[-2:] == shape and item.dtype.kind in "iuf":
+            found.append(f"/{name}")
+
+    file.visititems(visit)
+    return found
 
 
 def _default_signal(file: h5py.File) -> h5py.Dataset | None:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import httpx
 import yaml
@@ -83,8 +83,8 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     readable: Sequence[str | Path] = (),
-) -> int:
-    """Run the server in the foreground until it is interrupted.
+) -> NoReturn:
+    """Become the server: it runs in the foreground, in place of this process, until it is interrupted.
 
     Parameters
     ----------
@@ -97,26 +97,18 @@ def serve(
     api_key
         Letters and digits; drawn and printed by the server if not given.
 
-    Returns
-    -------
-    int
-        The server's exit status.
-
     Raises
     ------
     BadInput
-        If the API key or a directory cannot be used.
+        If the configuration, the API key or a directory cannot be used.
     """
     if config is not None and readable:
         raise BadInput(f"Directories to read from belong into readable_storage in {config}, not on the command line.")
     path = Path(config) if config is not None else _write(configuration(data_directory, readable=readable), data_directory)
     if not path.exists():
         raise BadInput(f"The configuration {path} does not exist.")
-    process = subprocess.Popen(_command(path, port), env=_environment(api_key))
-    try:
-        return process.wait()
-    except KeyboardInterrupt:  # The server got the same signal and is on its way down.
-        return _stop(process)
+    # In place of this process: signals reach the server, and nothing is left between it and whoever started it.
+    os.execve(sys.executable, _command(path, port), _environment(api_key))
 
 
 class Server:
@@ -167,7 +159,7 @@ class Server:
         self.data_directory = Path(data_directory).absolute()
         self.api_key = _checked_key(api_key or secrets.token_hex(16))
         self._port = port or _free_port()
-        self._config = _write(configuration(self.data_directory, readable=readable), self.data_directory)
+        self.config = _write(configuration(self.data_directory, readable=readable), self.data_directory)
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -199,7 +191,7 @@ class Server:
         """Start the process and wait until it answers."""
         self._log = self.log.open("ab")
         self._process = subprocess.Popen(
-            _command(self._config, self._port), env=_environment(self.api_key), stdout=self._log, stderr=subprocess.STDOUT
+            _command(self.config, self._port), env=_environment(self.api_key), stdout=self._log, stderr=subprocess.STDOUT
         )
         try:
             self._wait_until_healthy(self._process)
@@ -278,11 +270,10 @@ def _healthy(uri: str) -> bool:
         return False
 
 
-def _stop(process: subprocess.Popen[Any]) -> int:
-    if process.poll() is None:
-        process.terminate()
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
     try:
-        return process.wait(SHUTDOWN_TIMEOUT)
+        process.wait(SHUTDOWN_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
-        return process.wait()
+        process.wait()

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +35,28 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def data_directory(tmp_path: Path) -> Path:
-    """Where the server of `client` keeps its data; detectors may write into ``detector``."""
-    path = tmp_path / "data"
-    (path / "detector").mkdir(parents=True)
-    return path
+@pytest.fixture(scope="module")
+def detector_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where files must lie for the servers of a test module to read them."""
+    return tmp_path_factory.mktemp("detector")
 
 
-@pytest.fixture
-def detector_directory(data_directory: Path) -> Path:
-    """Where files must lie for the server of `client` to read them."""
-    return data_directory / "detector"
+@pytest.fixture(scope="module")
+def make_client(
+    tmp_path_factory: pytest.TempPathFactory, detector_directory: Path, empty_database: Path
+) -> Iterator[Callable[..., Any]]:
+    """Make a client of the embedded configuration's trees, served in this process with a new, empty catalog.
 
-
-@pytest.fixture
-def make_client(data_directory: Path, empty_database: Path) -> Iterator[Callable[..., Any]]:
-    """Make a client of the embedded configuration's trees, served in this process; arguments change the configuration.
-
-    What breaks in the server is raised in the test, or answered with status 500 if `answer_errors`.
+    Arguments change the configuration; `mounts` keeps only those. What breaks in the
+    server is raised in the test, or answered with status 500 if `answer_errors`.
     """
     contexts: list[Context] = []
 
-    def make(*, answer_errors: bool = False, **changes: Any) -> Any:
-        shutil.copy(empty_database, data_directory / "catalog.db")
-        config = configuration(data_directory) | changes
+    def make(*, directory: Path | None = None, mounts: Sequence[str] = (), answer_errors: bool = False, **changes: Any) -> Any:
+        directory = directory or tmp_path_factory.mktemp("data")
+        shutil.copy(empty_database, directory / "catalog.db")
+        config = configuration(directory, readable=[detector_directory]) | changes
+        config["trees"] = [tree for tree in config["trees"] if not mounts or tree["path"] in mounts]
         for tree in config["trees"]:
             tree["args"].pop("init_if_not_exists", None)
         app = build_app_from_config(Config.model_validate(config))
@@ -73,9 +70,9 @@ def make_client(data_directory: Path, empty_database: Path) -> Iterator[Callable
         context.__exit__(None, None, None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(make_client: Callable[..., Any]) -> Any:
-    """Root of the embedded configuration's trees, served in this process and empty."""
+    """Root of the embedded configuration's trees, served in this process; one for a test module, which shares its nodes."""
     return make_client()
 
 

@@ -146,8 +146,8 @@ def test_fabio_frames_are_arrays(client, detector_directory, poni, sample_frames
         uri, parameters = (detector_directory / "frame.edf").as_uri(), {"chunk_shape": [1, 120, 100]}
     else:
         for number, image in enumerate(images):
-            image.write(str(detector_directory / f"frame_{number:03d}.edf"))
-        uri, parameters = detector_directory.as_uri() + "/", {"template": "frame_%03d.edf", "chunk_shape": [1]}
+            image.write(str(detector_directory / f"part_{number:03d}.edf"))
+        uri, parameters = detector_directory.as_uri() + "/", {"template": "part_%03d.edf", "chunk_shape": [1]}
     uid, expose = open_run(client, uri, FABIO_MIMETYPE, parameters, poni)
     expose(3)
     array = client["raw"][uid]["primary/det"]

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ START = {"uid": "raw-1", "time": 1.7e9, "sample": "latex", "scan_id": 7}
 METADATA = result_metadata(START, direct_beam_uid="beam-1", config={"method": "map"}, config_sha256="0" * 64, method="map")
 
 
+@pytest.fixture
+def key() -> str:
+    """Of a result that no other test writes."""
+    return str(uuid.uuid4())
+
+
 def exposure(level: float, n: int = 20) -> xr.Dataset:
     """A result of one exposure, as the pipeline gives it."""
     names = ("I", "Idev", "Qdev", "I_smeared", "Idev_smeared", "I_resmeared")
@@ -38,15 +45,15 @@ def plain(node: Any) -> DatasetClient:
     return DatasetClient(node.context, item=node.item, structure_clients=node.structure_clients)
 
 
-def test_a_result_grows_and_reads_as_a_dataset(client):
-    writer = ResultWriter.create(client, "key", METADATA)
+def test_a_result_grows_and_reads_as_a_dataset(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
     for number, level in enumerate((1.0, 10.0, 100.0), start=1):
         writer.append(exposure(level))
-        assert client["desmeared"]["key"].read().sizes == {"exposure": number, "q": 20}
-    assert client["desmeared"]["key"].status == "running"
+        assert client["desmeared"][key].read().sizes == {"exposure": number, "q": 20}
+    assert client["desmeared"][key].status == "running"
     writer.complete()
     expected = concat_exposures([exposure(level) for level in (1.0, 10.0, 100.0)])
-    node = client["desmeared"]["key"]
+    node = client["desmeared"][key]
     xr.testing.assert_equal(node.read(), expected)
     xr.testing.assert_equal(plain(node).read().drop_vars("status"), expected.drop_vars("status"))
     status = plain(node).read().status
@@ -58,7 +65,8 @@ def test_a_result_grows_and_reads_as_a_dataset(client):
     assert node["I"].chunks == ((1, 1, 1), (20,))
 
 
-def test_results_are_found_by_their_metadata(client):
+def test_results_are_found_by_their_metadata(make_client):
+    client = make_client()
     ResultWriter.create(client, "one", METADATA).fail("too few counts")
     ResultWriter.create(client, "two", {**METADATA, "sample": "AgBh", "raw_uid": "raw-2"})
     found = client["desmeared"]
@@ -68,13 +76,13 @@ def test_results_are_found_by_their_metadata(client):
     assert list(found.search(Key("parent_node_map.direct_beam") == "beam-1").search(Key("method") == "map")) == ["one", "two"]
 
 
-def test_failed_exposures_are_rows_with_a_reason(client):
-    writer = ResultWriter.create(client, "key", METADATA)
+def test_failed_exposures_are_rows_with_a_reason(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
     writer.append_failure("all pixels are masked")  # before q is known
     writer.append(exposure(1.0))
     writer.append_failure("NaN in the frame")
     writer.complete()
-    node = client["desmeared"]["key"]
+    node = client["desmeared"][key]
     read = node.read()
     assert read.status.values.tolist() == ["failed", "ok", "failed"]
     assert np.isnan(read.I[0]).all()
@@ -84,11 +92,11 @@ def test_failed_exposures_are_rows_with_a_reason(client):
     assert node.status == "complete"
 
 
-def test_a_result_without_a_good_exposure_fails(client):
-    writer = ResultWriter.create(client, "key", METADATA)
+def test_a_result_without_a_good_exposure_fails(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
     writer.append_failure("all pixels are masked")
     writer.complete()
-    node = client["desmeared"]["key"]
+    node = client["desmeared"][key]
     assert (node.status, node.reason) == ("failed", "all pixels are masked")
     for read in (node.read(), plain(node).read()):
         assert not read.variables
@@ -105,12 +113,12 @@ def test_a_result_is_written_once(client):
         assert caught.value.status == key
 
 
-def test_a_result_that_is_being_written_is_left_alone(client):
-    writer = ResultWriter.create(client, "key", METADATA)
+def test_a_result_that_is_being_written_is_left_alone(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
     with pytest.raises(AlreadyStored, match="running"):
-        ResultWriter.create(client, "key", METADATA)
+        ResultWriter.create(client, key, METADATA)
     del writer  # abandoned within this process
-    ResultWriter.create(client, "key", METADATA)
+    ResultWriter.create(client, key, METADATA)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +130,8 @@ def test_a_result_that_is_being_written_is_left_alone(client):
         ("elsewhere", "alive", results.LEASE + 60, True),
     ],
 )
-def test_what_a_crash_left_behind_is_begun_again(client, host: str, pid: str, age: float, abandoned: bool):
-    first = ResultWriter.create(client, "key", METADATA)
+def test_what_a_crash_left_behind_is_begun_again(client, key, host: str, pid: str, age: float, abandoned: bool):
+    first = ResultWriter.create(client, key, METADATA)
     first.append(exposure(1.0))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -134,16 +142,16 @@ def test_what_a_crash_left_behind_is_begun_again(client, host: str, pid: str, ag
     first.node.update_metadata({"writer": owner, "updated": time.time() - age})
     if not abandoned:
         with pytest.raises(AlreadyStored):
-            ResultWriter.create(client, "key", METADATA)
+            ResultWriter.create(client, key, METADATA)
         return
-    second = ResultWriter.create(client, "key", METADATA)
+    second = ResultWriter.create(client, key, METADATA)
     second.append(exposure(5.0))
     second.complete()
-    assert client["desmeared"]["key"].read().I.values[:, 0].tolist() == [5.0]
+    assert client["desmeared"][key].read().I.values[:, 0].tolist() == [5.0]
 
 
-def test_an_interrupted_append_can_be_repeated(client, monkeypatch):
-    writer = ResultWriter.create(client, "key", METADATA)
+def test_an_interrupted_append_can_be_repeated(client, key, monkeypatch):
+    writer = ResultWriter.create(client, key, METADATA)
     put = ResultWriter._put
 
     def fails_at(name: str):
@@ -159,17 +167,17 @@ def test_an_interrupted_append_can_be_repeated(client, monkeypatch):
         monkeypatch.setattr(ResultWriter, "_put", fails_at(name))
         with pytest.raises(ConnectionError):
             writer.append(exposure(level))
-        assert client["desmeared"]["key"].read().sizes.get("exposure", 0) == before
+        assert client["desmeared"][key].read().sizes.get("exposure", 0) == before
         monkeypatch.setattr(ResultWriter, "_put", put)
         writer.append(exposure(level))
     writer.complete()
-    read = client["desmeared"]["key"].read()
+    read = client["desmeared"][key].read()
     assert read.I.values[:, 0].tolist() == [1.0, 2.0]
     assert read.chi2.values.tolist() == [1.0, 1.0]
 
 
-def test_exposures_of_another_q_are_refused(client):
-    writer = ResultWriter.create(client, "key", METADATA)
+def test_exposures_of_another_q_are_refused(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
     writer.append(exposure(1.0))
     with pytest.raises(BadInput, match="these have 21 points, those before 20"):
         writer.append(exposure(1.0, n=21))
@@ -183,7 +191,8 @@ def test_registering_again_gives_the_same_node(client, write_edf, poni, sample_f
     assert client["curves"][uid].item == before
 
 
-def test_the_backlog_is_registered(client, write_edf, poni, beam_frame, sample_frames):
+def test_the_backlog_is_registered(make_client, write_edf, poni, beam_frame, sample_frames):
+    client = make_client()
     (beam,) = ingest([write_edf("beam", beam_frame)], client=client, purpose="direct_beam", poni=poni)
     (sample,) = ingest([write_edf("sample", sample_frames[0])], client=client, purpose="sample", poni=poni)
     client["raw"].create_container(
@@ -212,23 +221,21 @@ def test_another_instrument_may_be_given(client, write_edf, poni, sample_frames)
     assert float(other.I.mean()) == pytest.approx(float(recorded.I.mean()) / 2, rel=0.05)
 
 
-def test_a_server_without_our_mounts_is_named(make_client, data_directory):
-    from dsnet_bluesky.server import configuration
-
-    raw = make_client(trees=configuration(data_directory)["trees"][:1])
+def test_a_server_without_our_mounts_is_named(make_client, key):
+    raw = make_client(mounts=["/raw"])
     with pytest.raises(BadInput, match="no /desmeared"):
-        ResultWriter.create(raw, "key", METADATA)
+        ResultWriter.create(raw, key, METADATA)
 
 
-def test_derived_nodes_carry_the_tags_of_their_run(make_client, data_directory: Path, write_edf, poni, beam_frame):
+def test_derived_nodes_carry_the_tags_of_their_run(make_client, key, tmp_path: Path, write_edf, poni, beam_frame):
     policy = "tiled.access_control.access_policies:DummyAccessPolicy"
-    client = make_client(access_control={"access_policy": policy, "args": {}})
-    with sqlite3.connect(data_directory / "catalog.db") as database:
+    client = make_client(directory=tmp_path, access_control={"access_policy": policy, "args": {}})
+    with sqlite3.connect(tmp_path / "catalog.db") as database:
         database.execute("INSERT INTO access_tags (name) VALUES ('proposal-1')")
     tags = {"tiled_access_tags": ["proposal-1"]}
     (uid,) = ingest([write_edf("beam", beam_frame)], client=client, purpose="direct_beam", poni=poni, metadata=tags)
-    writer = ResultWriter.create(client, "key", {**METADATA, "raw_uid": uid})
+    writer = ResultWriter.create(client, key, {**METADATA, "raw_uid": uid})
     writer.append(exposure(1.0))
-    nodes = [client["raw"][uid], client["curves"][uid], client["psfs"][uid], client["desmeared"]["key"]]
-    nodes.append(client["desmeared"]["key", "I"])
+    nodes = [client["raw"][uid], client["curves"][uid], client["psfs"][uid], client["desmeared"][key]]
+    nodes.append(client["desmeared"][key, "I"])
     assert [list(node.access_tags) for node in nodes] == [["proposal-1"]] * 5

@@ -11,6 +11,7 @@ import numpy as np
 from tiled.client.utils import ClientError
 from tiled.structures.core import Spec, StructureFamily
 from tiled.structures.data_source import Asset, DataSource, Management
+from tiled.utils import ensure_uri
 
 import dsnet_bluesky.derived.fabio  # noqa: F401 - teaches TiledWriter a MIME type
 from dsnet_bluesky.adapters import CURVE_MIMETYPE, MASK, PSF_MIMETYPE
@@ -176,7 +177,8 @@ def _data_source(frames: _RawFrames, mimetype: str) -> DataSource:
     raw, mask = frames.source, frames.instrument.mask
     assets = [Asset(asset.data_uri, False, "data_uris", num=number) for number, asset in enumerate(raw.assets)]
     if mask:
-        assets.append(Asset(mask, False, MASK))
+        # As Tiled spells it: it compares the path as it stands with its readable_storage.
+        assets.append(Asset(ensure_uri(path_of(mask)), False, MASK))
     return DataSource(
         structure_family=StructureFamily.container,
         structure=None,
@@ -201,7 +203,9 @@ def _check_readable(frames: _RawFrames) -> None:
 
 def _fails(node: Any, link: str, **params: str) -> bool:
     """Whether the server breaks down over a request; asked once, where Tiled's client would try for 45 s."""
-    return node.context.http_client.get(node.item["links"][link], params=params).status_code >= INTERNAL_SERVER_ERROR
+    # The server drops a connection on which it broke down; this request gets one of its own.
+    http, headers = node.context.http_client, {"Connection": "close"}
+    return http.get(node.item["links"][link], params=params, headers=headers).status_code >= INTERNAL_SERVER_ERROR
 
 
 def _unreadable(uri: str) -> str:

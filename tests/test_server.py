@@ -1,0 +1,93 @@
+"""The server's configuration and process; what needs a running one is in system/."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiled.config import Config, parse_configs
+
+from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.server import EMBEDDED, Server, ServerError, configuration, serve
+
+
+def test_the_embedded_configuration_is_valid(tmp_path: Path, monkeypatch):
+    """By hand with an environment variable, and filled in by `configuration`: the same."""
+    monkeypatch.setenv("DSNET_DATA", str(tmp_path))
+    by_hand = parse_configs(EMBEDDED)
+    filled = Config.model_validate(configuration(tmp_path))
+    assert by_hand.trees is not None
+    assert filled.trees is not None
+    assert [tree.path for tree in by_hand.trees] == ["/raw", "/curves", "/psfs", "/desmeared"]
+    assert [tree.args for tree in by_hand.trees] == [tree.args for tree in filled.trees]
+
+
+def test_readable_directories_reach_every_mount_that_reads_files(tmp_path: Path):
+    (tmp_path / "beamline").mkdir()
+    trees = {tree["path"]: tree["args"] for tree in configuration(tmp_path, readable=[tmp_path / "beamline"])["trees"]}
+    for mount in ("/raw", "/curves", "/psfs"):
+        assert trees[mount]["readable_storage"] == [f"{tmp_path}/detector", f"{tmp_path}/beamline"]
+    assert "readable_storage" not in trees["/desmeared"]
+
+
+def test_the_configuration_is_plain_yaml(tmp_path: Path):
+    """No anchors are left that would be hard to edit, and no key is in it."""
+    text = yaml.safe_dump(configuration(tmp_path))
+    assert "api_key" not in text
+    assert yaml.safe_load(text) == configuration(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"readable": ["/no/such/directory"]}, "no such directory"),
+        ({"api_key": "with-dash"}, "only letters and digits"),
+        ({"config": "mine.yml", "readable": ["."]}, "readable_storage in mine.yml"),
+        ({"config": "/no/such.yml"}, "does not exist"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(tmp_path: Path, arguments: dict, message: str):
+    with pytest.raises(BadInput, match=message):
+        serve(data_directory=tmp_path, **arguments)
+
+
+def test_a_server_that_does_not_come_up_shows_its_log(tmp_path: Path):
+    server = Server(tmp_path)
+    server.config.write_text("trees: [{path: /raw, tree: no.such:tree}]")
+    with pytest.raises(ServerError, match=r"ended with status 1.*server\.log[\s\S]*no\.such"):
+        server.start()
+
+
+def test_a_server_that_is_not_running_has_no_process(tmp_path: Path):
+    server = Server(tmp_path)
+    with pytest.raises(ServerError, match="not running"):
+        _ = server.pid
+    server.stop()
+
+
+SERVE_AND_READ = """
+import sys
+from tiled.client import from_context
+from tiled.client.context import Context
+from tiled.config import parse_configs
+from tiled.server.app import build_app_from_config
+
+with Context.from_app(build_app_from_config(parse_configs(sys.argv[1]))) as context:
+    client = from_context(context)
+    assert client["curves"][sys.argv[2]].read().sizes["exposure"] == 1
+    assert client["psfs"][sys.argv[2]].read()["counts"] > 0
+print([module for module in ("torch", "matplotlib", "ophyd_async") if module in sys.modules])
+"""
+
+
+def test_the_serving_process_never_imports_torch(make_client, tmp_path: Path, detector_directory, write_edf, poni, beam_frame):
+    from dsnet_bluesky.ingest import ingest
+
+    client = make_client(directory=tmp_path)
+    (uid,) = ingest([write_edf("torch", beam_frame)], client=client, purpose="direct_beam", poni=poni)
+    path = tmp_path / "server.yml"
+    path.write_text(yaml.safe_dump(configuration(tmp_path, readable=[detector_directory])))
+    done = subprocess.run([sys.executable, "-c", SERVE_AND_READ, str(path), uid], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"
