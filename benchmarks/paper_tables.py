@@ -227,7 +227,9 @@ seeds. dsnet-paper is fine-tuned for {iterations} steps on each curve. Bold: bes
 The paper does not give the cylinder's size. R = 85, L = 400 angstrom comes near its figures; SasView's default (R = 20,
 L = 400 angstrom) is hardly smeared and is given for completeness, beside the same published figures. The cubic paracrystal
 has SasView's default parameters; sasmodels lets it diverge at q -> 0, so below 0.01 1/nm I is held at its value there. The
-severe row is not in the paper. The pre-training of dsnet-paper, as published, holds the very sphere of Table 1.
+severe row is not in the paper. The pre-training of dsnet-paper, as published, holds the very sphere of Table 1. The defaults of
+lake, wiener, map and ift were settled with these cases in view (they are the paper's): read those columns as what is attainable,
+not as a blind test.
 """
 
 
