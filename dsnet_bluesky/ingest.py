@@ -219,10 +219,7 @@ def _write(client: Any, file: _File, instrument: Instrument, metadata: Mapping[s
     try:
         for name, document in documents:
             writer(name, document)
-        run = client["raw"][uid]
-        derived.register_curves(client, run)
-        if metadata["purpose"] == "direct_beam":
-            derived.register_psf(client, run)
+        derived.register(client, client["raw"][uid])
     except BaseException:
         _remove(client, uid)
         raise

@@ -7,7 +7,7 @@ results, each written once, exposure by exposure, by a `ResultWriter`.
 A derived node carries the access tags of its raw run.
 """
 
-from dsnet_bluesky.derived.registration import register_all, register_curves, register_psf
+from dsnet_bluesky.derived.registration import register, register_all, register_curves, register_psf
 from dsnet_bluesky.derived.results import AlreadyStored, ResultWriter
 
-__all__ = ["AlreadyStored", "ResultWriter", "register_all", "register_curves", "register_psf"]
+__all__ = ["AlreadyStored", "ResultWriter", "register", "register_all", "register_curves", "register_psf"]

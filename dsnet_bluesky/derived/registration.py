@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tiled.client.utils import ClientError
+from tiled.queries import Key
 from tiled.structures.core import Spec, StructureFamily
 from tiled.structures.data_source import Asset, DataSource, Management
 from tiled.utils import ensure_uri
@@ -20,9 +21,19 @@ from dsnet_bluesky.derived.catalog import CONFLICT, access_tags_of, mount
 from dsnet_bluesky.documents import Instrument, purpose
 from dsnet_bluesky.frames import FrameReference, count, path_of
 
-__all__ = ["register_all", "register_curves", "register_psf"]
+__all__ = ["register", "register_all", "register_curves", "register_psf"]
 
 INTERNAL_SERVER_ERROR = 500
+
+
+@dataclass(frozen=True)
+class _Kind:
+    mimetype: str
+    spec: str
+
+
+KINDS = {"curves": _Kind(CURVE_MIMETYPE, "dsnet_curve"), "psfs": _Kind(PSF_MIMETYPE, "dsnet_psf")}
+"""What a mount shows."""
 
 
 def register_curves(client: Any, run: Any, *, instrument: Instrument | None = None) -> Any:
@@ -50,8 +61,7 @@ def register_curves(client: Any, run: Any, *, instrument: Instrument | None = No
     BadInput
         If the run holds no frames or no geometry, or the server cannot read its files.
     """
-    frames = _raw_frames(run, instrument)
-    return _register(client, "curves", run, frames, CURVE_MIMETYPE, "dsnet_curve")
+    return _register(client, run, _raw_frames(run, instrument), ["curves"])["curves"]
 
 
 def register_psf(client: Any, run: Any, *, instrument: Instrument | None = None) -> Any:
@@ -65,8 +75,19 @@ def register_psf(client: Any, run: Any, *, instrument: Instrument | None = None)
     what = purpose(run.metadata["start"])
     if what != "direct_beam":
         raise BadInput(f"Run {run.item['id']} has the purpose {what!r}; a PSF is measured in runs of purpose 'direct_beam'.")
-    frames = _raw_frames(run, instrument)
-    return _register(client, "psfs", run, frames, PSF_MIMETYPE, "dsnet_psf")
+    return _register(client, run, _raw_frames(run, instrument), ["psfs"])["psfs"]
+
+
+def register(client: Any, run: Any, *, instrument: Instrument | None = None) -> dict[str, Any]:
+    """Register all that can be shown of a run: its curves, and its PSF if it is a direct beam; see `register_curves`.
+
+    Returns
+    -------
+    dict
+        The nodes, by mount: curves and psfs.
+    """
+    beam = purpose(run.metadata["start"]) == "direct_beam"
+    return _register(client, run, _raw_frames(run, instrument), ["curves", "psfs"] if beam else ["curves"])
 
 
 def register_all(client: Any) -> dict[str, int]:
@@ -84,21 +105,19 @@ def register_all(client: Any) -> dict[str, int]:
         because they hold no frames, no geometry, or files that cannot be read.
     """
     counts = {"curves": 0, "psfs": 0, "skipped": 0}
-    curves, psfs = set(mount(client, "curves")), set(mount(client, "psfs"))
-    raw = mount(client, "raw")
+    raw, curves, psfs = mount(client, "raw"), set(mount(client, "curves")), set(mount(client, "psfs"))
+    beams = set(raw.search(Key("purpose") == "direct_beam"))
     for uid in raw:
-        run = None if uid in curves and uid in psfs else raw[uid]
-        if run is None or (uid in curves and purpose(run.metadata["start"]) != "direct_beam"):
+        lacking = [kind for kind, absent in (("curves", uid not in curves), ("psfs", uid in beams - psfs)) if absent]
+        if not lacking:
             continue
         try:
-            if uid not in curves:
-                register_curves(client, run)
-                counts["curves"] += 1
-            if uid not in psfs and purpose(run.metadata["start"]) == "direct_beam":
-                register_psf(client, run)
-                counts["psfs"] += 1
+            register(client, raw[uid])
         except BadInput:
             counts["skipped"] += 1
+        else:
+            for kind in lacking:
+                counts[kind] += 1
     return counts
 
 
@@ -117,17 +136,25 @@ class _RawFrames:
 
 
 def _raw_frames(run: Any, instrument: Instrument | None) -> _RawFrames:
-    container = run.base
-    for stream in sorted(container, key=lambda name: name != "primary"):
-        metadata = container[stream].metadata
-        for key, described in metadata.get("data_keys", {}).items():
+    container = run.base.new_variation(include_data_sources=True)
+    for name, stream in _streams(container):
+        for key, described in stream.metadata.get("data_keys", {}).items():
             if "external" in described and _is_image(described.get("shape") or ()):
                 try:
-                    node = container[stream, key].include_data_sources()
+                    node = container[name, key]
                 except KeyError:
                     continue  # the stream has begun, but no frame has come yet
-                return _RawFrames(node, node.data_sources()[0], instrument or _instrument(metadata))
+                return _RawFrames(node, node.data_sources()[0], instrument or _instrument(stream.metadata))
     raise BadInput(f"Run {run.item['id']} holds no frames: no stream with an image that was written to a file.")
+
+
+def _streams(container: Any) -> Iterator[tuple[str, Any]]:
+    """Go through a run's streams, beginning with `primary`, which mostly is the one that is wanted."""
+    with contextlib.suppress(KeyError):
+        yield "primary", container["primary"]
+    for name in container:
+        if name != "primary":
+            yield name, container[name]
 
 
 def _is_image(shape: Sequence[int]) -> bool:
@@ -143,24 +170,37 @@ def _instrument(stream: Mapping[str, Any]) -> Instrument:
     return first
 
 
-def _register(client: Any, where: str, run: Any, frames: _RawFrames, mimetype: str, spec: str) -> Any:
-    parent, uid = mount(client, where), run.item["id"]
-    source = _data_source(frames, mimetype)
-    with contextlib.suppress(KeyError):
-        existing = parent[uid].include_data_sources()
-        if len(existing.data_sources()[0].assets) >= len(source.assets):
-            return existing
-        parent.delete_contents(uid)  # the record only: the files are not ours
-    _check_readable(frames)
-    start = run.metadata["start"]
+def _register(client: Any, run: Any, frames: _RawFrames, kinds: Sequence[str]) -> dict[str, Any]:
+    mounts = {kind: mount(client, kind) for kind in kinds}
+    nodes = {kind: _existing(mounts[kind], run.item["id"], len(frames.source.assets)) for kind in kinds}
+    if None in nodes.values():
+        _check_readable(frames)
+    return {kind: node or _create(mounts[kind], run, frames, KINDS[kind]) for kind, node in nodes.items()}
+
+
+def _existing(parent: Any, uid: str, files: int) -> Any | None:
+    """Return the node if it is there and knows all files; remove one that knows fewer."""
+    try:
+        node = parent[uid].include_data_sources()
+    except KeyError:
+        return None
+    known = [asset for asset in node.data_sources()[0].assets if asset.parameter != MASK]
+    if len(known) >= files:
+        return node
+    parent.delete_contents(uid)  # the record only: the files are not ours
+    return None
+
+
+def _create(parent: Any, run: Any, frames: _RawFrames, kind: _Kind) -> Any:
+    uid, start = run.item["id"], run.metadata["start"]
     attrs = {key: start[key] for key in ("sample", "purpose", "scan_id") if key in start}
     try:
         node = parent.new(
             StructureFamily.container,
-            [source],
+            [_data_source(frames, kind.mimetype)],
             key=uid,
             metadata={**attrs, "raw_uid": uid, "attrs": {**attrs, "raw_uid": uid}},
-            specs=[Spec(spec, version="1"), Spec("xarray_dataset")],
+            specs=[Spec(kind.spec, version="1"), Spec("xarray_dataset")],
             access_tags=access_tags_of(run),
         )
     except ClientError as error:
