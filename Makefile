@@ -36,4 +36,4 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) dist build demo-output
+	rm -rf $(VENV) dist build dsnet-demo
