@@ -12,7 +12,7 @@ Examples
 """
 
 from .camera import PAPER_SLITS, SaxsCamera, Setting, SlitSetting
-from .devices import SimBeamline, SimSaxsDetector
+from .devices import SampleChanger, SimBeamline, SimSaxsDetector
 from .samples import SAMPLES, GaussianChain, Sample, SilverBehenate, Sphere
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "SAMPLES",
     "GaussianChain",
     "Sample",
+    "SampleChanger",
     "SaxsCamera",
     "Setting",
     "SilverBehenate",

@@ -56,6 +56,7 @@ class SampleChanger(StandardReadable):
     """A sample changer with capillaries of 2 mm: the name of the sample, and x across its capillary in mm."""
 
     radius = 1.0
+    """Of the capillaries, in mm."""
 
     def __init__(self, name: str = ""):
         with self.add_children_as_readables(Format.HINTED_SIGNAL):
@@ -64,10 +65,14 @@ class SampleChanger(StandardReadable):
             self.sample = soft_signal_rw(str, "")
         super().__init__(name=name)
 
-    async def thickness(self) -> float:
+    @classmethod
+    def thickness_at(cls, x: float) -> float:
         """Path of the beam through the capillary at x, relative to its diameter."""
-        x = await self.x.get_value()
-        return float(np.sqrt(max(0.0, 1 - (x / self.radius) ** 2)))
+        return float(np.sqrt(max(0.0, 1 - (x / cls.radius) ** 2)))
+
+    async def thickness(self) -> float:
+        """Path of the beam through the capillary where it stands."""
+        return self.thickness_at(await self.x.get_value())
 
 
 class Attenuator(StandardReadable):
