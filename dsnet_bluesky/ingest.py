@@ -84,6 +84,8 @@ def ingest(
     """
     instrument = _instrument(poni, mask, state)
     shape = _detector_shape(instrument)
+    if mask:
+        _check_mask(load_mask(mask), shape, mask)
     uid = _full_uid(client, direct_beam)
     start = start_metadata(purpose, sample=sample, direct_beam_uid=uid, plan_name="ingest", **(metadata or {}))
     described = [_describe(Path(file), shape, dataset) for file in files]
@@ -107,10 +109,7 @@ def _instrument(poni: str | Path | Mapping[str, Any], mask: str | Path | None, s
         raise BadInput(f"An instrument has no {', '.join(sorted(unknown))}.")
     geometry = dict(poni) if isinstance(poni, Mapping) else load_poni(poni)
     uri = _uri(Path(mask).absolute()) if mask else None
-    instrument = Instrument(poni=json.loads(json.dumps(geometry, default=str)), mask=uri, **state)
-    if mask:
-        _check_mask(load_mask(mask), _detector_shape(instrument), mask)
-    return instrument
+    return Instrument(poni=json.loads(json.dumps(geometry, default=str)), mask=uri, **state)
 
 
 def _detector_shape(instrument: Instrument) -> tuple[int, int]:

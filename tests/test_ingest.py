@@ -66,9 +66,9 @@ def test_ingested_runs_replay_as_exposures(client, detector_directory, poni, pon
 def test_a_sample_is_tied_to_its_direct_beam(client, write_edf, poni_file, beam_frame, sample_frames):
     common: dict[str, Any] = {"client": client, "poni": poni_file}
     (beam,) = ingest([write_edf("tied_beam", beam_frame)], purpose="direct_beam", **common)
-    paths = [write_edf(f"tied_{i}", frame) for i, frame in enumerate(sample_frames)]
+    paths = [write_edf(f"tied_{i}", frame) for i, frame in enumerate(sample_frames[:2])]
     uids = ingest(paths, purpose="sample", direct_beam=beam[:8], **common)
-    assert len(set(uids)) == 3
+    assert len(set(uids)) == 2
     assert {client["raw"][uid].metadata["start"]["direct_beam_uid"] for uid in uids} == {beam}
     assert beam in client["psfs"].keys()  # noqa: SIM118 - a request, not a dict
     for uid in ("no-such-run", "x", uids[0]):
