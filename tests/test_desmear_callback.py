@@ -5,6 +5,7 @@ import threading
 import time
 
 import h5py
+import httpx
 import numpy as np
 import pytest
 from bluesky import plan_stubs as bps
@@ -16,6 +17,7 @@ from tiled.queries import Key
 
 from dsnet_bluesky.callbacks import pairing
 from dsnet_bluesky.callbacks.desmear import DesmearCallback
+from dsnet_bluesky.derived import ResultWriter
 from dsnet_bluesky.pipeline import Config, PreparedExposures
 from dsnet_bluesky.plans import Instrument, direct_beam, expose
 from dsnet_bluesky.sim import SaxsCamera, SimBeamline
@@ -247,6 +249,24 @@ def test_full_queue_puts_the_run_off_and_loses_nothing(line, monkeypatch):
         result = line.result(uid).read()
         assert result.sizes["exposure"] == exposures
         assert len(np.unique(result["I_smeared"].values[:, 10])) == exposures, "each exposure once"
+
+
+def test_catalog_that_does_not_answer_puts_the_run_off(line, desmear, monkeypatch):
+    line.beam()
+    append, attempts = ResultWriter.append, iter(range(100))
+
+    def outage(writer, dataset):
+        if next(attempts) in (1, 2):
+            raise httpx.ConnectError("planted")
+        append(writer, dataset)
+
+    monkeypatch.setattr(ResultWriter, "append", outage)
+    sample = line.sample(exposures=3)
+    assert desmear.wait(WAIT)
+    assert desmear.statistics.deferred == 1
+    node = line.result(sample)
+    assert node.metadata["status"] == "complete"
+    assert node.read()["status"].values.tolist() == ["ok", "ok", "ok"]
 
 
 def test_listener_that_comes_in_the_middle_of_a_run(line):

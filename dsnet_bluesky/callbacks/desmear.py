@@ -53,7 +53,7 @@ class Statistics:
     """Exposures and runs that could not be desmeared."""
 
     deferred: int = 0
-    """Runs put off because the queue was full or the catalog did not answer."""
+    """Runs done from the catalog, because the queue was full, the catalog did not answer, or their start was missed."""
 
     stored_before: int = 0
     """Runs whose result was there already."""
@@ -62,7 +62,7 @@ class Statistics:
     """Errors of this program, not of the input."""
 
     abandoned: list[str] = field(default_factory=list)
-    """Runs that the catalog did not give back; ask for them with ``dsnet-bluesky register``."""
+    """Runs that the catalog did not give back; do them later with `desmear_runs`."""
 
 
 @dataclass
@@ -312,11 +312,8 @@ class DesmearCallback:
         run = self._raw[run_uid]
         if run.metadata.get("stop") is None:
             return False
-        what = purpose(run.metadata["start"])
-        if what is not None:
-            derived.register_curves(self._client, run)
-        if what == "direct_beam":
-            derived.register_psf(self._client, run)
+        if purpose(run.metadata["start"]) is not None:
+            derived.register(self._client, run)
         return True
 
     def _from_catalog(self, run_uid: str) -> bool:
@@ -324,11 +321,11 @@ class DesmearCallback:
         run = self._raw[run_uid]
         if run.metadata.get("stop") is None:
             return False
-        self.statistics.deferred += 1
         for exposure in exposures_of_documents(run.documents()):
             self._process(exposure)
         self._finish(run_uid)
         self._put_off.pop(run_uid, None)
+        self.statistics.deferred += 1
         return True
 
 
