@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -25,6 +26,12 @@ from tiled.server.app import build_app_from_config
 from dsnet_bluesky.server import Server, configuration
 
 SHAPE = (120, 100)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection: pyFAI collects at every geometry, half a second each here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
