@@ -32,7 +32,7 @@ from tiled.structures.core import Spec
 from .data import BadInput, concat_exposures
 from .documents import Instrument
 from .frames import FABIO_MIMETYPE, FrameReference, count, path_of, read
-from .reduction import Reduction, invalid_pixels, load_mask, psf
+from .reduction import Reduction, load_mask, psf, sum_frames
 
 __all__ = ["CURVE_MIMETYPE", "MASK", "PSF_MIMETYPE", "CurveAdapter", "FabioAdapter", "PSFAdapter"]
 
@@ -193,7 +193,7 @@ def _curves_of_file(file: File, recipe: Recipe) -> xr.Dataset | None:
     for first in range(0, exposures, step):
         last = min(first + step, exposures)
         stack = read(recipe.reference(file, first * recipe.per_exposure, last * recipe.per_exposure))
-        frames = _sum_exposures(stack, recipe.per_exposure, str(reduction.poni.get("detector", "")))
+        frames = sum_frames(stack, recipe.per_exposure, str(reduction.poni.get("detector", "")))
         parts.append(reduction(frames, time=recipe.time, monitor=recipe.monitor, transmission=recipe.transmission))
     return concat_exposures(parts) if parts else None
 
@@ -211,14 +211,6 @@ def _psf(files: list[File], recipe: Recipe) -> xr.Dataset:
     measured = psf(stack, json.loads(recipe.poni), mask=_mask(recipe.mask) if recipe.mask else None)
     # Tiled serves a Dataset's attributes as they were at registration, when nothing was computed yet.
     return measured.assign({name: ((), value) for name, value in measured.attrs.items()})
-
-
-def _sum_exposures(stack: NDArray, number: int, detector: str) -> NDArray:
-    """Sum each `number` frames; a pixel that fails in one of them is -1 in the sum."""
-    if number == 1:
-        return stack
-    grouped = stack.reshape(-1, number, *stack.shape[1:])
-    return np.where(invalid_pixels(grouped, detector).any(axis=1), -1, grouped.sum(axis=1, dtype=float))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from .data import BadInput, curve
 from .smearing import Smearing
 
-__all__ = ["Reduction", "centred", "counts_ceiling", "invalid_pixels", "load_mask", "load_poni", "psf"]
+__all__ = ["Reduction", "centred", "counts_ceiling", "invalid_pixels", "load_mask", "load_poni", "psf", "sum_frames"]
 
 METHOD = ("no", "csr", "cython")
 """Pixels are not split between bins: splitting correlates neighbouring points."""
@@ -95,15 +95,41 @@ def integrator(poni: Mapping[str, Any]) -> Any:
 
 
 def counts_ceiling(dtype: np.dtype, detector_name: str) -> float:
-    """Return the largest value a pixel can hold: a pixel that shows it is not counting."""
-    if "pilatus" in detector_name.lower():
-        return float(PILATUS_CEILING)
-    return float(np.iinfo(dtype).max) if np.issubdtype(dtype, np.integer) else np.inf
+    """Return the largest value a pixel can hold: a pixel that shows it is not counting.
+
+    Floats are no counters: they hold sums or processed frames, without a ceiling.
+    """
+    if not np.issubdtype(dtype, np.integer):
+        return np.inf
+    return float(PILATUS_CEILING if "pilatus" in detector_name.lower() else np.iinfo(dtype).max)
 
 
 def invalid_pixels(frames: NDArray, detector_name: str) -> NDArray[np.bool_]:
     """Find pixels that hold no count: NaN, negative (gaps) or at the counter's ceiling."""
     return ~np.isfinite(frames) | (frames < 0) | (frames >= counts_ceiling(frames.dtype, detector_name))
+
+
+def sum_frames(frames: NDArray, number: int, detector_name: str) -> NDArray:
+    """Sum each `number` frames of one exposure; a pixel that fails in one of them is -1 in the sum.
+
+    Parameters
+    ----------
+    frames
+        Counts, shape (exposure * number, y, x).
+    number
+        Frames of an exposure.
+    detector_name
+        As in the geometry, see `counts_ceiling`.
+
+    Returns
+    -------
+    ndarray
+        Shape (exposure, y, x).
+    """
+    if number == 1:
+        return frames
+    grouped = frames.reshape(-1, number, *frames.shape[1:])
+    return np.where(invalid_pixels(grouped, detector_name).any(axis=1), -1, grouped.sum(axis=1, dtype=float))
 
 
 def centred(poni: Mapping[str, Any], direct_beam: xr.Dataset) -> dict[str, Any]:
@@ -173,7 +199,7 @@ def psf(
     spot = _spot(total, bad)
     rows, columns = scipy.ndimage.find_objects(spot.astype(int))[0]
     background = _background(total, bad, spot)
-    beam = np.where(spot & ~bad, total - background, 0.0)[rows, columns].clip(min=0)
+    beam = np.where(spot, _filled(total, bad) - background, 0.0)[rows, columns].clip(min=0)
     lost = float((bad & spot).sum() / spot.sum())
     if lost > 0.05:
         raise BadInput(f"{lost:.0%} of the direct beam falls on masked pixels or a gap; move the beam or mend the mask.")
@@ -203,6 +229,13 @@ def _spot(total: NDArray, bad: NDArray) -> NDArray[np.bool_]:
     level = np.median(total[~bad])
     labels: Any = scipy.ndimage.label(smooth - level > 1e-3 * (smooth.max() - level))[0]  # pyright: ignore
     return labels == labels[np.unravel_index(np.argmax(smooth), smooth.shape)]
+
+
+def _filled(total: NDArray, bad: NDArray) -> NDArray:
+    """Give each bad pixel the mean of its good neighbours: a hole in the beam would be a hole in the operator."""
+    weight = scipy.ndimage.uniform_filter((~bad).astype(float), 3)
+    mean = scipy.ndimage.uniform_filter(total, 3) / np.maximum(weight, 1 / 9)
+    return np.where(bad, mean, total)
 
 
 def _background(total: NDArray, bad: NDArray, spot: NDArray) -> float:

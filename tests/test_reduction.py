@@ -8,7 +8,7 @@ import pyFAI
 import pytest
 
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.reduction import Reduction, centred, load_mask, load_poni, psf
+from dsnet_bluesky.reduction import Reduction, centred, invalid_pixels, load_mask, load_poni, psf, sum_frames
 
 PIXEL = 172e-6
 CENTRE = (300.27, 240.61)
@@ -115,6 +115,16 @@ def test_gaps_hot_and_saturated_pixels_do_not_count(reduction: Reduction):
     np.testing.assert_allclose(reduction(dirty)["I"], kept["I"])
 
 
+def test_frames_of_an_exposure_are_summed_without_a_ceiling():
+    """A sum may exceed what one frame can hold; a pixel that saturates once does not count."""
+    frames = np.full((4, 2, 2), 2**19, dtype=np.int32)
+    frames[1, 0, 0] = 2**20 - 1
+    frames[2, 0, 1] = -1
+    total = sum_frames(frames, 2, "Pilatus 300k")
+    np.testing.assert_array_equal(total, [[[-1, 2**20], [2**20, 2**20]], [[2**20, -1], [2**20, 2**20]]])
+    np.testing.assert_array_equal(invalid_pixels(total, "Pilatus 300k"), total < 0)
+
+
 def test_the_beam_is_found_measured_and_centred():
     direct = psf(beam(centre=(3 * PIXEL, -2 * PIXEL)), PONI)
     assert float(direct["beam"].sum()) == pytest.approx(1)
@@ -132,6 +142,14 @@ def test_hot_pixels_do_not_draw_the_centre():
     frame = beam()
     frame[[50, 400, 600], [30, 300, 450]] = 2**20 - 1
     np.testing.assert_allclose(psf(frame, PONI)["sigma"], psf(beam(), PONI)["sigma"], rtol=1e-6)
+
+
+def test_a_hot_pixel_within_the_beam_is_no_hole():
+    whole, hot = beam(), beam()
+    hot[298, 244] = 2**20 - 1
+    filled, reference = psf(hot, PONI), psf(whole, PONI)
+    np.testing.assert_allclose(filled["counts"], reference["counts"], rtol=1e-3)
+    np.testing.assert_allclose(filled["sigma"], reference["sigma"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("change", [{"rot1": 0.05}, {"rot2": -0.03, "rot3": 0.4}])

@@ -15,7 +15,7 @@ from dsnet_bluesky import frames
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.documents import Exposure, Instrument, mismatch
 from dsnet_bluesky.pipeline import Config, PreparedExposures, prepare_exposures
-from dsnet_bluesky.reduction import invalid_pixels, load_mask
+from dsnet_bluesky.reduction import load_mask, sum_frames
 
 from .exposures import exposures_of_documents
 
@@ -65,12 +65,9 @@ def summed(exposure: Exposure) -> NDArray:
     """
     if exposure.problem:
         raise BadInput(exposure.problem)
+    assert exposure.instrument is not None  # or there were a problem
     stack = frames.read(exposure.frames)
-    if len(stack) == 1:
-        return stack
-    assert exposure.instrument is not None
-    invalid = invalid_pixels(stack, str(exposure.instrument.poni.get("detector", "")))
-    return np.where(invalid.any(axis=0), -1, stack.sum(axis=0, dtype=float))[None]
+    return sum_frames(stack, len(stack), str(exposure.instrument.poni.get("detector", "")))
 
 
 class DirectBeams:
