@@ -25,10 +25,11 @@ def test_the_wheel_holds_models_and_configurations(wheel: Path):
     expected = {
         f"dsnet_bluesky/{path.relative_to(ROOT)}"
         for folder in ("models", "tiled_config")
-        for path in (ROOT / folder).rglob("*.*")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
     }
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "dsnet_bluesky").rglob("*.py")}
-    expected = {name for name in expected if not name.endswith((".gitkeep", ".pyc"))}
+    expected = {name for name in expected if not name.endswith(".pyc")}
     assert expected
     assert expected <= names
 
