@@ -86,7 +86,7 @@ def test_the_matrix_cannot_be_changed(operator: Smearing):
         operator.matrix[0, 0] = 1
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(sigma=st.floats(0.01, 0.08))
 def test_parabola_gains_the_mean_square_radius(sigma: float):
     rice = Smearing.rice(Q, sigma, q_calc=np.linspace(0, 3.0, 3001))
@@ -102,7 +102,7 @@ def test_parabola_through_rings(width: float, shape: float):
     np.testing.assert_allclose(rings.apply(rings.q_calc**2), Q**2 + (p @ rho**2) / p.sum(), atol=3e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(a=st.floats(0.5, 8), sigma=st.floats(0.02, 0.08))
 def test_gaussian_curve_through_a_gaussian_beam(a: float, sigma: float):
     rice = Smearing.rice(Q, sigma, q_calc=np.linspace(0, 3, 3001))
