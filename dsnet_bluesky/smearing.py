@@ -217,6 +217,8 @@ class Smearing:
         )
         # The curve is even in q: what the kernel puts below zero is found at |q|.
         matrix = _normal_hats(q, widths, nodes) + _normal_hats(-q, widths, nodes)
+        sharp = widths == 0
+        matrix[sharp] = _hats(q[sharp, None], np.ones((int(sharp.sum()), 1)), nodes)
         return cls(q, nodes, _close_rows(matrix), **attributes)
 
     @classmethod
@@ -312,7 +314,7 @@ class Smearing:
             Grid of the unsmeared curve; by default `q` extended by what the slit reaches.
         """
         q = _grid(q, "q")
-        if width < 0 or length < 0 or (profile is None and length == 0 and width == 0):
+        if not (0 <= width < np.inf and 0 <= length < np.inf) or (profile is None and length == 0 and width == 0):
             raise BadInput(
                 f"A slit of half-length {length} and half-width {width} 1/nm does not smear; both must be >= 0, one > 0."
             )
@@ -346,7 +348,7 @@ class Smearing:
         """
         q = _grid(q, "q")
         _positive(spread, "spread")
-        if spread > 0.2:
+        if not spread < 0.2:
             raise BadInput(
                 f"A wavelength spread of {spread:g} is not small; give the standard deviation as a fraction, e.g. 0.01."
             )
@@ -538,7 +540,7 @@ def _from_moments(zeroth: Floats, first: Floats, nodes: Floats) -> Floats:
 
 
 def _normal_hats(centre: Floats, sigma: Floats, nodes: Floats) -> Floats:
-    """Integrate hats under normal densities over q' >= 0; sigma = 0 gives the hat itself."""
+    """Integrate hats under normal densities over q' >= 0; rows with sigma = 0 mean nothing."""
     scale = np.where(sigma > 0, sigma, 1.0)[:, None]
     z = (nodes - centre[:, None]) / scale
     cumulative = ndtr(z)
@@ -548,8 +550,6 @@ def _normal_hats(centre: Floats, sigma: Floats, nodes: Floats) -> Floats:
     matrix = _from_moments(zeroth, first, nodes)
     matrix[:, 0] += cumulative[:, 0] - ndtr(-centre[:, None] / scale)[:, 0]
     matrix[:, -1] += 1 - cumulative[:, -1]
-    sharp = sigma == 0
-    matrix[sharp] = _hats(centre[sharp, None], np.where(centre[sharp] >= 0, 1.0, 0.0)[:, None], nodes)
     return matrix
 
 
@@ -566,7 +566,9 @@ def _quadrature(nodes: Floats, scale: float) -> tuple[Floats, Floats]:
 
 def _close_rows(matrix: Floats) -> Floats:
     """Give what a kernel leaves beyond the last node to that node: rows then sum to one."""
-    matrix[:, -1] += 1 - matrix.sum(axis=1)
+    rest = 1 - matrix.sum(axis=1)
+    assert rest.min() > -1e-6, "a kernel holds more than its whole weight"
+    matrix[:, -1] += rest
     return matrix
 
 
