@@ -81,7 +81,7 @@ class CurveClient(DatasetClient):
 class PSFClient(CurveClient):
     """PSF of a direct-beam run, see `reduction.psf`."""
 
-    SCALARS = ("centre_y", "centre_x", "distance", "wavelength")
+    SCALARS = ("centre_y", "centre_x", "poni_centre_y", "poni_centre_x", "distance", "wavelength")
 
     def read(self, variables: Sequence[str] | None = None, *, optimize_wide_table: bool = True) -> xr.Dataset:
         """Read the PSF as `reduction.psf` gives it: with the centre, the distance and the wavelength as attributes."""

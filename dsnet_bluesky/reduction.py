@@ -139,32 +139,45 @@ def sum_frames(frames: NDArray, number: int, detector_name: str) -> NDArray:
 
 
 def centred(poni: Mapping[str, Any], direct_beam: xr.Dataset) -> dict[str, Any]:
-    """Return the geometry with its beam centre put where the direct beam is.
+    """Return the geometry, corrected by how far the direct beam was found from where its own geometry puts it.
 
     Parameters
     ----------
     poni
-        Geometry.
+        Geometry of the sample's exposure; the detector may have been moved since the direct beam.
     direct_beam
         Dataset of `psf`.
 
     Raises
     ------
     BadInput
-        If the two centres are more than 5 mm apart.
+        If the direct beam is more than 5 mm from where its geometry puts it.
     """
     ai = integrator(poni)
-    fit = ai.getFit2D()
-    row, column = float(direct_beam.attrs["centre_y"]), float(direct_beam.attrs["centre_x"])
-    shift = np.hypot((row - fit["centerY"]) * ai.pixel1, (column - fit["centerX"]) * ai.pixel2)
+    attrs = direct_beam.attrs
+    rows, columns = (float(attrs[f"centre_{axis}"]) - float(attrs[f"poni_centre_{axis}"]) for axis in "yx")
+    shift = np.hypot(rows * ai.pixel1, columns * ai.pixel2)
     if shift > CENTRE_TOLERANCE:
         raise BadInput(
-            f"The direct beam is at pixel ({row:.1f}, {column:.1f}), but the geometry (poni) puts the beam at "
-            f"({fit['centerY']:.1f}, {fit['centerX']:.1f}), {shift * 1e3:.1f} mm away. One of them is wrong: check that the "
-            "direct beam and the geometry belong to the same detector position."
+            f"The direct beam is at pixel ({attrs['centre_y']:.1f}, {attrs['centre_x']:.1f}), but its geometry (poni) puts it "
+            f"at ({attrs['poni_centre_y']:.1f}, {attrs['poni_centre_x']:.1f}), {shift * 1e3:.1f} mm away. One of them is wrong: "
+            "check that the direct beam and the geometry belong to the same detector position."
         )
-    ai.setFit2D(fit["directDist"], column, row, fit["tilt"], fit["tiltPlanRotation"])
+    # Along each axis, poni counts with or against the pixels: that depends on the detector's orientation.
+    first, second, _ = ai.detector.calc_cartesian_positions(np.array([0.5, 1.5]), np.array([0.5, 1.5]), center=False)
+    ai.poni1 += rows * float(np.diff(first)[0])
+    ai.poni2 += columns * float(np.diff(second)[0])
     return dict(ai.get_config())
+
+
+def _beam_pixel(ai: Any) -> tuple[float, float]:
+    """Where a geometry puts the beam: (row, column) at which the detector's plane crosses it."""
+    # The plane is flat: three of its pixels give the way from (row, column) to the laboratory and back.
+    rows, columns = np.array([0.0, 1000.0, 0.0]), np.array([0.0, 0.0, 1000.0])
+    _, y, x = ai.calc_pos_zyx(d1=rows, d2=columns)
+    steps = np.array([[p[1] - p[0], p[2] - p[0]] for p in (y, x)]) / 1000
+    row, column = np.linalg.solve(steps, -np.array([y[0], x[0]])) + 0.5
+    return float(row), float(column)
 
 
 def psf(
@@ -201,11 +214,13 @@ def psf(
     _check_shape(stack, ai)
     bad = invalid_pixels(stack, ai.detector.name).any(axis=0) | _static_mask(ai, mask)
     total = np.where(bad, 0.0, stack.sum(axis=0, dtype=float))
+    _check_mask(stack, ai, bad)
     _check_counts(total, bad, minimum_counts)
     spot = _spot(total, bad)
+    _check_spot(spot)
     rows, columns = scipy.ndimage.find_objects(spot.astype(int))[0]
     background = _background(total, bad, spot)
-    beam = np.where(spot, _filled(total, bad) - background, 0.0)[rows, columns].clip(min=0)
+    beam = np.where(spot, _filled(total, bad) - background, 0.0)[rows, columns]
     lost = float((bad & spot).sum() / spot.sum())
     if lost > 0.05:
         raise BadInput(f"{lost:.0%} of the direct beam falls on masked pixels or a gap; move the beam or mend the mask.")
@@ -228,20 +243,44 @@ def _check_counts(total: NDArray, bad: NDArray, minimum: float) -> None:
         raise BadInput(_too_few(total.sum(), minimum))
 
 
+def _check_mask(stack: NDArray, ai: Any, bad: NDArray) -> None:
+    """Refuse a mask that hides the beam itself, as that of the samples does with its beamstop."""
+    counting = ~invalid_pixels(stack, ai.detector.name).any(axis=0)
+    counts = np.where(counting, stack.sum(axis=0, dtype=float), 0.0)
+    hidden = counts[bad].sum() / max(counts.sum(), 1.0)
+    if hidden > 0.5:
+        raise BadInput(
+            f"{hidden:.0%} of the counts of the direct beam lie under its mask; give it a mask without the beamstop, or none."
+        )
+
+
+def _check_spot(spot: NDArray) -> None:
+    rim = np.concatenate([spot[0], spot[-1], spot[:, 0], spot[:, -1]])
+    if rim.any() or spot.mean() > 0.1:
+        edge = " and reaches its edge" if rim.any() else ""
+        raise BadInput(
+            f"The direct beam is not a spot: it covers {spot.mean():.1%} of the detector{edge}. "
+            "Expose it without a sample, longer, and well inside the detector."
+        )
+
+
 def _spot(total: NDArray, bad: NDArray) -> NDArray[np.bool_]:
-    """Find the pixels of the beam: what stands connected above a thousandth of its smoothed peak."""
-    weight = scipy.ndimage.uniform_filter((~bad).astype(float), 5)
-    smooth = scipy.ndimage.uniform_filter(total, 5) / np.maximum(weight, 0.2)
-    level = np.median(total[~bad])
-    labels: Any = scipy.ndimage.label(smooth - level > 1e-3 * (smooth.max() - level))[0]  # pyright: ignore
+    """Find the pixels of the beam: what stands connected, five deviations above the background and a thousandth of the peak."""
+    smooth, level = _local_mean(total, bad, 5), float(np.median(_local_mean(total, bad, 31)[~bad]))
+    noise = np.sqrt(max(level, 0.04) / 25)
+    labels: Any = scipy.ndimage.label(smooth - level > max(1e-3 * (smooth.max() - level), 5 * noise))[0]  # pyright: ignore
     return labels == labels[np.unravel_index(np.argmax(smooth), smooth.shape)]
+
+
+def _local_mean(total: NDArray, bad: NDArray, size: int) -> NDArray:
+    """Mean of the good pixels in a square about each pixel."""
+    weight = scipy.ndimage.uniform_filter((~bad).astype(float), size)
+    return scipy.ndimage.uniform_filter(total, size) / np.maximum(weight, 1 / size**2)
 
 
 def _filled(total: NDArray, bad: NDArray) -> NDArray:
     """Give each bad pixel the mean of its good neighbours: a hole in the beam would be a hole in the operator."""
-    weight = scipy.ndimage.uniform_filter((~bad).astype(float), 3)
-    mean = scipy.ndimage.uniform_filter(total, 3) / np.maximum(weight, 1 / 9)
-    return np.where(bad, mean, total)
+    return np.where(bad, _local_mean(total, bad, 3), total)
 
 
 def _background(total: NDArray, bad: NDArray, spot: NDArray) -> float:
@@ -278,7 +317,12 @@ def _psf_dataset(beam: NDArray, y: NDArray, x: NDArray, ai: Any, counts: float, 
                 {"units": "1/nm", "long_name": "mean radius of a ring"},
             ),
         },
-        attrs={"centre_y": centre[0], "centre_x": centre[1], "distance": float(ai.dist), "wavelength": float(ai.wavelength)},
+        attrs={
+            **dict(zip(("centre_y", "centre_x"), centre, strict=True)),
+            **dict(zip(("poni_centre_y", "poni_centre_x"), _beam_pixel(ai), strict=True)),
+            "distance": float(ai.dist),
+            "wavelength": float(ai.wavelength),
+        },
     )
 
 

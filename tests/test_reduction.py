@@ -184,8 +184,53 @@ def test_bad_direct_beams_are_named(frame: np.ndarray, poni: dict, message: str)
 
 
 def test_a_wrong_poni_is_noticed():
+    wrong = {**PONI, "poni1": 0.01}
     with pytest.raises(BadInput, match="mm away"):
-        centred({**PONI, "poni1": 0.01}, psf(beam(), PONI))
+        centred(wrong, psf(beam(), wrong))
+
+
+def test_a_detector_that_was_moved_keeps_its_own_centre():
+    """The sample's frame is taken 17 pixels lower, to fill the gaps; only the recorded centre's error is corrected."""
+    direct = psf(beam(centre=(1.4 * PIXEL, 0)), PONI)
+    moved = centred({**PONI, "poni1": PONI["poni1"] + 17 * PIXEL}, direct)
+    assert moved["poni1"] - centred(PONI, direct)["poni1"] == pytest.approx(17 * PIXEL)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4])
+def test_orientations_of_the_detector(orientation: int):
+    poni = {**PONI, "detector_config": {"orientation": orientation}}
+    ai = pyFAI.load(poni)
+    row, column = np.unravel_index(np.argmin(ai.qArray(SHAPE)), SHAPE)
+    frame = np.zeros(SHAPE, dtype=np.int32)
+    frame[row - 5 : row + 6, column - 3 : column + 4] = 1000
+    direct = psf(frame, poni)
+    found = pyFAI.load(centred(poni, direct)).qArray(SHAPE)
+    assert np.unravel_index(np.argmin(found), SHAPE) == (row, column)
+    assert found[row, column] < 1e-3 * found[row, column + 1]
+
+
+@pytest.mark.parametrize(("counts", "background"), [(1e4, 0.03), (1e4, 0.1), (3e4, 0.1), (1e5, 0.5), (1e6, 2.0)])
+def test_a_background_is_no_part_of_the_beam(counts: float, background: float):
+    frame = beam(counts) + np.random.default_rng(7).poisson(background, SHAPE).astype(np.int32)
+    frame[MODULE_GAPS] = -1
+    direct = psf(frame, PONI, minimum_counts=5e3)
+    assert float(direct["counts"]) == pytest.approx(counts, rel=0.05)
+    assert float(direct["sigma"]) == pytest.approx(float(psf(beam(3e5), PONI)["sigma"]), rel=0.05)
+
+
+def test_a_mask_that_hides_the_beam_is_named():
+    with pytest.raises(BadInput, match="100% of the counts of the direct beam lie under its mask"):
+        psf(beam(), PONI, mask=RADIUS < 5e-3)
+    halo = np.random.default_rng(3).poisson(20 * np.exp(-RADIUS / 3e-3), SHAPE).astype(np.int32)
+    with pytest.raises(BadInput, match="under its mask"):
+        psf(np.where(MODULE_GAPS, -1, beam(1e7) + halo), PONI, mask=RADIUS < 2.5e-3)
+
+
+def test_a_frame_without_a_spot_is_named():
+    with pytest.raises(BadInput, match="not a spot"):
+        psf(pattern(2000), PONI)
+    with pytest.raises(BadInput, match="reaches its edge"):
+        psf(beam(centre=(Y[2], 0.0)), PONI)
 
 
 def test_a_beam_on_a_gap_is_refused():
