@@ -151,7 +151,7 @@ class _Session:
         self._masks = {"beam": folder / "mask-direct-beam.npy", "sample": folder / "mask-sample.npy"}
         np.save(self._masks["beam"], self.camera.mask())
         np.save(self._masks["sample"], self.camera.mask(BEAMSTOP))
-        self._instrument = Instrument(self.camera.poni)
+        self._instrument = Instrument(self.camera.poni, mask=self._masks["sample"])
         self._engine = RunEngine({}, call_returns_result=True)
         self._engine.subscribe(TiledWriter(client["raw"], batch_size=1))
         self._engine.subscribe(self.desmear)
@@ -182,6 +182,7 @@ class _Session:
                 empty="",
                 instrument=self._instrument,
                 exposure_time=setting.time,
+                direct_beam_mask=self._masks["beam"],
                 before_direct_beam=self._direct_beam_position,
                 before_samples=self._sample_position,
             )
@@ -209,14 +210,14 @@ class _Session:
         """Make the beam safe for the detector: beamstop out, attenuator in."""
         line = self._beamline
         yield from bps.mv(line.attenuator.factor, ATTENUATION, line.beamstop.radius, 0.0)
-        yield from bps.configure(self._instrument, mask=self._masks["beam"], attenuation=ATTENUATION, transmission=1.0)
+        yield from bps.configure(self._instrument, attenuation=ATTENUATION, transmission=1.0)
 
     def _sample_position(self) -> MsgGenerator[None]:
         """Block the direct beam and take the attenuator out."""
         line = self._beamline
         yield from bps.mv(line.beamstop.radius, BEAMSTOP, line.attenuator.factor, 1.0)
         transmission = self.camera.transmission
-        yield from bps.configure(self._instrument, mask=self._masks["sample"], attenuation=1.0, transmission=transmission)
+        yield from bps.configure(self._instrument, attenuation=1.0, transmission=transmission)
 
     @contextmanager
     def _progress(self, exposures: int, results: int) -> Iterator[None]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,9 +93,15 @@ class PreparedExposures:
         mask: NDArray | None,
         config: Config,
         beam_mask: NDArray | None = None,
+        beam_poni: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
-        self.psf = psf(beam_frame, poni, mask=mask if beam_mask is None else beam_mask, minimum_counts=config.minimum_beam_counts)
+        self.psf = psf(
+            beam_frame,
+            poni if beam_poni is None else beam_poni,
+            mask=mask if beam_mask is None else beam_mask,
+            minimum_counts=config.minimum_beam_counts,
+        )
         self.reduction = Reduction(
             centred(poni, self.psf),
             mask=_with_gaps(beam_frame, poni, mask),
@@ -142,6 +148,7 @@ def prepare_exposures(
     *,
     mask: NDArray | None = None,
     beam_mask: NDArray | None = None,
+    beam_poni: Mapping[str, Any] | None = None,
     config: Config | None = None,
 ) -> PreparedExposures:
     """Prepare desmearing of all samples that were exposed with one direct beam; repeated calls are free.
@@ -156,6 +163,8 @@ def prepare_exposures(
         True where a pixel does not count in the samples' frames.
     beam_mask
         The same for the direct beam's frame, which has no beamstop; `mask` if not given.
+    beam_poni
+        Geometry of the direct beam's exposure, where the detector stood elsewhere; `poni` if not given.
     config
         How to reduce and desmear.
 
@@ -170,7 +179,7 @@ def prepare_exposures(
     """
     config = config or Config()
     frame = np.asarray(beam_frame)
-    key = _digest(frame, poni, mask, beam_mask, config)
+    key = _digest(frame, (poni, beam_poni), (mask, beam_mask), config)
     with _lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:  # one thread prepares, others that want the same wait for it
@@ -178,7 +187,7 @@ def prepare_exposures(
             if key in _cache:
                 _cache.move_to_end(key)
                 return _cache[key]
-        prepared = PreparedExposures(frame, poni, mask, config, beam_mask)
+        prepared = PreparedExposures(frame, poni, mask, config, beam_mask, beam_poni)
         with _lock:
             _cache[key] = prepared
             while len(_cache) > CACHE_SIZE:
@@ -199,10 +208,10 @@ def _with_gaps(beam_frame: ArrayLike, poni: Mapping[str, Any], mask: NDArray | N
     return np.asarray(gaps if mask is None else gaps | np.asarray(mask, dtype=bool))
 
 
-def _digest(frame: NDArray, poni: Mapping[str, Any], mask: NDArray | None, beam_mask: NDArray | None, config: Config) -> str:
-    sha = hashlib.sha256(json.dumps([_plain(poni), config.to_dict()], sort_keys=True).encode())
-    masks = (np.empty(0) if m is None else np.asarray(m, dtype=bool) for m in (mask, beam_mask))
-    for array in (frame, *masks):
+def _digest(frame: NDArray, ponis: Iterable[Mapping[str, Any] | None], masks: Iterable[NDArray | None], config: Config) -> str:
+    geometries = [None if poni is None else _plain(poni) for poni in ponis]
+    sha = hashlib.sha256(json.dumps([geometries, config.to_dict()], sort_keys=True).encode())
+    for array in (frame, *(np.empty(0) if m is None else np.asarray(m, dtype=bool) for m in masks)):
         sha.update(f"{array.shape}{array.dtype}".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()

@@ -139,6 +139,7 @@ def direct_beam(
     instrument: Instrument,
     exposure_time: float | None = None,
     exposures: int = 1,
+    mask: str | Path | None = None,
     readables: Sequence[Readable] = (),
     md: Mapping[str, Any] | None = None,
 ) -> MsgGenerator[str]:
@@ -154,6 +155,9 @@ def direct_beam(
         In s; None leaves the detector and the record as they are.
     exposures
         Number of exposures; they are summed.
+    mask
+        Mask of this frame, recorded for this run alone. By default none but the detector's own: the
+        instrument's mask is that of the samples, whose beamstop would cover the beam.
     readables
         Further devices to read at each exposure.
     md
@@ -169,7 +173,10 @@ def direct_beam(
     >>> result = RE(direct_beam(pilatus, instrument=instrument, exposure_time=10))   # doctest: +SKIP
     """
     metadata = documents.start_metadata("direct_beam", plan_name="direct_beam", **(md or {}))
-    return (yield from _run(detector, instrument, exposure_time, exposures, readables, None, metadata))
+    samples_mask = instrument.state.mask
+    yield from bps.configure(instrument, mask=mask)
+    run = _run(detector, instrument, exposure_time, exposures, readables, None, metadata)
+    return (yield from bpp.finalize_wrapper(run, lambda: bps.configure(instrument, mask=samples_mask)))
 
 
 def expose(
@@ -230,6 +237,7 @@ def desmearing_scan(
     instrument: Instrument,
     exposure_time: float,
     direct_beam_time: float | None = None,
+    direct_beam_mask: str | Path | None = None,
     before_direct_beam: PlanStub | None = None,
     before_samples: PlanStub | None = None,
     md: Mapping[str, Any] | None = None,
@@ -249,6 +257,8 @@ def desmearing_scan(
         Position of the changer with nothing in the beam.
     exposure_time, direct_beam_time
         In s; the direct beam is exposed as long as the samples unless told otherwise.
+    direct_beam_mask
+        See `direct_beam`.
     before_direct_beam
         Plan that makes the beam safe for the detector: beamstop out, attenuator in.
     before_samples
@@ -274,6 +284,7 @@ def desmearing_scan(
         detector,
         instrument=instrument,
         exposure_time=exposure_time if direct_beam_time is None else direct_beam_time,
+        mask=direct_beam_mask,
         readables=options.get("readables", ()),
         md=md,
     )

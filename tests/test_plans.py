@@ -72,6 +72,15 @@ def test_instrument_lands_in_the_descriptors_configuration(engine, beamline, ins
     assert "instrument-poni" not in descriptor["data_keys"], "configuration is not read at every exposure"
 
 
+def test_the_beamstops_mask_is_not_that_of_the_direct_beam(engine, beamline, instrument, docs, tmp_path):
+    engine(bps.configure(instrument, mask=tmp_path / "beamstop.npy"))
+    engine(direct_beam(beamline.detector, instrument=instrument, exposure_time=1.0))
+    engine(direct_beam(beamline.detector, instrument=instrument, exposure_time=1.0, mask=tmp_path / "hot.npy"))
+    engine(expose(beamline.detector, sample="AgBh", instrument=instrument, exposure_time=1.0))
+    masks = [documents.Instrument.from_configuration(d["configuration"]).mask for d in of(docs, "descriptor")]
+    assert masks == [None, (tmp_path / "hot.npy").as_uri(), (tmp_path / "beamstop.npy").as_uri()]
+
+
 def test_exposure_time_reaches_the_detector(engine, beamline, instrument, docs):
     engine(expose(beamline.detector, sample="AgBh", instrument=instrument, exposure_time=17.0))
     assert beamline.detector._trigger_logic.source.time == 17.0

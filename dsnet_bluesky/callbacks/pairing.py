@@ -107,6 +107,10 @@ class DirectBeams:
         uid = sample.start.get("direct_beam_uid")
         return self._named(uid, sample.instrument) if uid else self._nearest(sample, sample.instrument)
 
+    def config_for(self, sample: Instrument) -> Config:
+        """Return the configuration that is used for an instrument, whose wavelength spread counts where none is given."""
+        return self._config if self._config.wavelength_spread else replace(self._config, wavelength_spread=sample.wavelength_spread)
+
     def prepared(self, beam: DirectBeam, sample: Instrument) -> PreparedExposures:
         """Return the operator of a direct beam for samples exposed with an instrument; made once.
 
@@ -115,15 +119,18 @@ class DirectBeams:
         BadInput
             If beam, geometry or mask cannot be used.
         """
-        key = (beam.run_uid, len(beam.exposures), json.dumps(sample.poni, sort_keys=True, default=str), sample.mask)
+        config = self.config_for(sample)
+        poni = json.dumps(sample.poni, sort_keys=True, default=str)
+        key = (beam.run_uid, len(beam.exposures), poni, sample.mask, config.wavelength_spread)
         if key not in self._prepared:
-            frame, spread = beam.frame(), sample.wavelength_spread
+            frame = beam.frame()
             self._prepared[key] = prepare_exposures(
                 frame,
                 sample.poni,
                 mask=_mask(sample),
                 beam_mask=_mask(beam.instrument, np.zeros(frame.shape[-2:], dtype=bool)),
-                config=self._config if self._config.wavelength_spread else replace(self._config, wavelength_spread=spread),
+                beam_poni=beam.instrument.poni,
+                config=config,
             )
             while len(self._prepared) > PREPARED:
                 self._prepared.popitem(last=False)
