@@ -142,12 +142,14 @@ def check_curve(dataset: xr.Dataset) -> xr.Dataset:
     ------
     BadInput
         If q is not finite, not positive or not strictly ascending, if I or Idev
-        hold NaN or infinity, if an Idev is not positive, or if there are fewer
-        than 5 points. Negative intensities are fine: some methods refuse them.
+        hold NaN or infinity, if an Idev is not positive, if there are fewer than
+        5 points, or no exposure. Negative intensities are fine: some methods refuse them.
     """
     missing = {"q", "I", "Idev"} - set(dataset.variables)
     if missing:
         raise BadInput(f"The curve lacks {', '.join(sorted(missing))}; build it with dsnet_bluesky.data.curve(q, I, Idev).")
+    if not dataset.sizes.get("exposure", 1):
+        raise BadInput("The batch holds no exposure; give at least one curve.")
     q = dataset["q"].values
     if q.size < 5:
         raise BadInput(f"The curve has {q.size} points; at least 5 are needed.")
@@ -187,8 +189,10 @@ def estimate_idev(I: ArrayLike) -> NDArray:
     Returns
     -------
     ndarray
-        Same shape. Never below 1e-4 of the absolute intensity (a noise-free curve
-        has no scatter, and a weight must stay finite).
+        Same shape, positive. Never below 1e-4 of the absolute intensity: a noise-free
+        curve has no scatter, and a weight must stay finite. Where a curve is zero (under
+        a beamstop) never below a tenth of the median of its other points, and 1 where
+        a curve is zero throughout.
     """
     values = np.asarray(I, dtype=float)
     if values.shape[-1] < 5:
@@ -198,9 +202,16 @@ def estimate_idev(I: ArrayLike) -> NDArray:
     half = min(10, values.shape[-1] // 4)
     window = np.pad(padded, [(0, 0)] * (values.ndim - 1) + [(half, half)], mode="reflect")
     views = np.lib.stride_tricks.sliding_window_view(window, 2 * half + 1, axis=-1)
-    sigma = np.median(views, axis=-1) / 0.6745
-    floor = 1e-4 * np.abs(values)
-    return np.maximum(sigma, np.where(floor > 0, floor, np.finfo(float).tiny ** 0.5))
+    return _floored(np.median(views, axis=-1) / 0.6745, np.abs(values))
+
+
+def _floored(sigma: NDArray, size: NDArray) -> NDArray:
+    """Keep errors away from zero, by the size of the intensities and by the errors of the other points."""
+    sigma = np.maximum(sigma, 1e-4 * size)
+    # What is this much smaller than the rest comes from rounding.
+    nothing = size <= 1e-15 * size.max(axis=-1, keepdims=True)
+    usual = np.ma.median(np.ma.masked_where(nothing, sigma), axis=-1, keepdims=True)
+    return np.where(nothing, np.maximum(sigma, 0.1 * np.ma.filled(usual, 10.0)), sigma)
 
 
 def exposures_of(dataset: xr.Dataset) -> xr.Dataset:

@@ -41,6 +41,8 @@ def test_several_exposures():
         (Q[:4], I[:4], None, "at least 5"),
         (Q - 1, I, I, "not negative"),
         (Q, np.ones((2, 2, 501)), None, "3 dimensions"),
+        (Q, np.ones((0, 501)), None, "no exposure"),
+        (Q, np.ones((0, 501)), np.ones((0, 501)), "no exposure"),
     ],
 )
 def test_bad_curves_are_named(q, intensity, idev, message):
@@ -64,6 +66,18 @@ def test_noise_is_estimated_from_the_scatter(noise: float, scale: float, seed: i
 def test_estimated_noise_is_marked_and_never_zero():
     assert curve(Q, np.ones(501)).attrs["Idev_estimated"] == 1
     assert (estimate_idev(np.zeros(501)) > 0).all()
+
+
+@pytest.mark.parametrize("nothing", [slice(8), slice(40), slice(400, None)], ids=["stop", "wide stop", "tail"])
+def test_zero_intensities_get_no_exploding_weight(nothing):
+    values = I * (1 + 0.01 * np.random.default_rng(0).normal(size=I.size))
+    values[nothing] = 0
+    sigma = estimate_idev([values, 0 * values, 1e-9 * values])
+    usual = np.median(sigma[0][values != 0])
+    assert (sigma[0][nothing] >= 0.099 * usual).all()
+    assert (sigma[1] == 1).all()
+    np.testing.assert_allclose(sigma[2], 1e-9 * sigma[0])
+    np.testing.assert_allclose(estimate_idev(values), sigma[0])
 
 
 def test_failed_exposures_join_the_others():
