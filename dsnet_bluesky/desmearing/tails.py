@@ -38,7 +38,8 @@ class Tails:
     form
         One of `EXTRAPOLATIONS`.
     start
-        Fit the points with q >= start, in 1/nm; by default the last tenth of the points, at least 5.
+        Fit the points with q >= start, in 1/nm; by default the last tenth of the points, at
+        least 5. A point at q = 0 is never among them.
 
     Raises
     ------
@@ -51,7 +52,8 @@ class Tails:
             raise BadInput(f"There is no extrapolation {form!r}; choose one of {', '.join(EXTRAPOLATIONS)}.")
         q, q_calc = smearing.q, smearing.q_calc
         self.form = form
-        self._first = q.size - max(5, q.size // 10) if start is None else int(np.searchsorted(q, start))
+        first = q.size - max(5, q.size // 10) if start is None else int(np.searchsorted(q, start))
+        self._first = max(first, int(q[0] == 0))  # no power law holds zero
         if q.size - self._first < 2:
             raise BadInput(
                 f"extrapolation_start is {start:g} 1/nm and q ends at {q[-1]:.4g}: fewer than 2 points are left to fit."
