@@ -8,7 +8,7 @@ from scipy.special import erfcx
 
 from dsnet_bluesky.smearing import Smearing
 
-__all__ = ["kernel_widths", "positive_mean", "straightened"]
+__all__ = ["kernel_widths", "positive_mean", "straightened", "widths_below"]
 
 
 def kernel_widths(kernels: NDArray, q_calc: NDArray) -> NDArray:
@@ -49,6 +49,17 @@ def _crossing(density: NDArray, q_calc: NDArray, peak: NDArray, outer: NDArray, 
     drop = np.where(inner == outer, 1.0, above - below)
     part = np.where(inner == outer, 0.0, (above - top / 2) / drop)
     return q_calc[inner] + part * (q_calc[outer] - q_calc[inner])
+
+
+def widths_below(smearing: Smearing) -> NDArray:
+    """Standard deviation of each row of R towards lower q, shape (n,), in 1/nm.
+
+    For a symmetric kernel it is the standard deviation. A slit's length smears towards
+    higher q only, from a sharp edge that resolves far better than its second moment
+    says; it counts as zero.
+    """
+    below = np.minimum(smearing.q_calc - smearing.q[:, None], 0.0)
+    return np.sqrt(2 * np.sum(smearing.matrix * below**2, axis=1))
 
 
 def straightened(smearing: Smearing, curves: NDArray) -> NDArray:

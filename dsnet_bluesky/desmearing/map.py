@@ -16,7 +16,7 @@ from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.smearing import Smearing
 
 from . import Solution
-from .kernels import kernel_widths
+from .kernels import kernel_widths, widths_below
 from .tails import Tails
 
 __all__ = ["MAP"]
@@ -35,6 +35,15 @@ DAMPING = 1e-9
 
 GIVE_UP = 1e8
 """Damping at which no step helps any more."""
+
+FULL_GRID = 800
+"""Up to so many nodes q_calc is used as it is."""
+
+NODES_PER_WIDTH = 5.0
+"""What a longer q_calc is thinned to: nodes in one standard deviation of the operator."""
+
+BUDGET = 5
+"""Iterations for all weights of a curve together, in units of the limit for one."""
 
 LOG10_WEIGHTS = (-6.0, 12.0)
 """Range in which the weight of the prior is looked for."""
@@ -59,6 +68,9 @@ class MAP:
     doi:10.1162/neco.1992.4.3.415). Idev is from H^-1 and holds the noise and the
     prior, not what a wrong prior does to a cusp; Qdev is from the averaging kernel of the last step.
 
+    The cost grows with the cube of the nodes. A q_calc of more than 800 is thinned where
+    its step is below a fifth of the operator's width, for finer structure cannot be seen.
+
     Parameters
     ----------
     smearing
@@ -69,7 +81,8 @@ class MAP:
         Degrees of freedom of a Student-t penalty in place of the quadratic one. A
         small number (1 to 4) forgives a few sharp bends: Bragg peaks, deep minima.
     maximum_iterations
-        Limit for each weight; a curve that reaches it is flagged NOT_CONVERGED.
+        Limit for each weight, and five times that for all weights together; a curve that
+        reaches it is flagged NOT_CONVERGED.
     tolerance
         The iteration stops where the next step would lower J by less.
 
@@ -90,20 +103,21 @@ class MAP:
         for name, value in {"weight": weight, "student": student, "tolerance": tolerance}.items():
             if value is not None and not value > 0:
                 raise BadInput(f"{name} is {value}; it must be positive.")
-        self.smearing = smearing
+        self.smearing = _thinned(smearing)
+        self._q_calc = smearing.q_calc
         self.weight = weight
         self.student = student
         self.maximum_iterations = maximum_iterations
         self.tolerance = tolerance
-        self._tails = Tails(smearing)
-        self._bending = _Bending(_coordinate(smearing.q, smearing.q_calc))
-        self._normal = _NormalMatrix(smearing.matrix)
+        self._tails = Tails(self.smearing)
+        self._bending = _Bending(_coordinate(self.smearing.q, self.smearing.q_calc))
+        self._normal = _NormalMatrix(self.smearing.matrix)
 
     def __call__(self, I: NDArray, Idev: NDArray) -> Solution:
         """Desmear curves of any sign, one after another."""
         found = [self._solve(measured, sigma) for measured, sigma in zip(I, Idev, strict=True)]
         return Solution(
-            I_calc=np.array([np.exp(f.x) for f in found]),
+            I_calc=np.array([np.interp(self._q_calc, self.smearing.q_calc, np.exp(f.x)) for f in found]),
             Idev=np.array([f.Idev for f in found]),
             Qdev=np.array([f.Qdev for f in found]),
             flags=np.array([0 if f.converged else int(Flag.NOT_CONVERGED) for f in found]),
@@ -152,11 +166,14 @@ class _Answer:
 def _most_evident(problem: _Problem, point: _Point) -> _Point:
     """Walk the weight in half decades, warm from point to point, to the maximum of the evidence."""
     best, iterations = point, point.iterations
+    budget = BUDGET * problem.method.maximum_iterations
     for step in (-0.5, 0.5):
         exponent = np.log10(point.weight) + step
         while LOG10_WEIGHTS[0] <= exponent <= LOG10_WEIGHTS[1]:
             trial = problem.minimise(best.x, 10**exponent)
             iterations += trial.iterations
+            if iterations >= budget:
+                return replace(max(best, trial, key=lambda p: p.evidence), iterations=iterations, converged=False)
             if trial.evidence <= best.evidence:
                 break
             best, exponent = trial, exponent + step
@@ -244,6 +261,20 @@ class _Problem:
 
 def _bounded(step: NDArray) -> NDArray:
     return step * min(1.0, STEP_LIMIT / max(float(np.abs(step).max()), STEP_LIMIT))
+
+
+def _thinned(smearing: Smearing) -> Smearing:
+    """Leave out nodes that the operator cannot tell from their neighbours, if there are many."""
+    nodes = smearing.q_calc
+    if nodes.size <= FULL_GRID:
+        return smearing
+    step = np.diff(nodes)
+    width = np.interp((nodes[1:] + nodes[:-1]) / 2, smearing.q, widths_below(smearing))
+    count = np.concatenate([[0.0], np.cumsum(step / np.maximum(step, width / NODES_PER_WIDTH))])
+    kept = np.searchsorted(count, np.arange(count[-1]) - 1e-9)
+    thin = nodes[np.append(kept[kept < nodes.size - 1], nodes.size - 1)]
+    hats = np.array([np.interp(nodes, thin, row) for row in np.eye(thin.size)]).T
+    return Smearing(smearing.q, thin, smearing.matrix @ hats, kind=smearing.kind)
 
 
 class _NormalMatrix:
