@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsnet_bluesky.data import RESULT_VARIABLES, BadInput, Flag, curve
-from dsnet_bluesky.desmearing import METHODS, desmear, prepare
+from dsnet_bluesky.desmearing import METHODS, Prepared, Solution, desmear, prepare
 from dsnet_bluesky.desmearing.kernels import kernel_widths, positive_mean, straightened
 from dsnet_bluesky.desmearing.tails import Tails
 from dsnet_bluesky.smearing import Smearing
@@ -158,6 +158,57 @@ class TestBadInput:
         broken["I"][1, 7] = np.nan
         with pytest.raises(BadInput, match="I is not finite at 1 points"):
             desmear(broken, smearing)
+
+
+class TestAnswersAreFinite:
+    @pytest.mark.parametrize("method", ["lake", "map"])
+    def test_a_curve_from_zero(self, method):
+        """Five points from q = 0: the power law above them is fitted to the other four."""
+        q = np.linspace(0, 1, 5)
+        operator = Smearing.gaussian(q, 0.1)
+        measured = operator.apply(np.exp(-(operator.q_calc**2)))
+        result = desmear(curve(q, measured, 0.01 * measured), operator, method)
+        np.testing.assert_allclose(result["I"], np.exp(-(q**2)), rtol=0.1)
+
+    def test_zeros_under_the_beamstop(self, smearing, curves):
+        I = curves["I"].values[0].copy()
+        I[:8] = 0
+        result = desmear(curve(Q, I), smearing)
+        assert np.isfinite(result["chi2"])
+        assert np.isfinite(result["I"]).all()
+
+    @pytest.mark.parametrize(("exposures", "which"), [(1, "this curve"), (3, "exposures 1, 2 of 3")])
+    def test_what_is_not_finite_is_refused(self, smearing, curves, exposures, which):
+        def diverging(I, Idev):
+            I_calc = np.ones((len(I), smearing.q_calc.size))
+            I_calc[-2:, -1] = np.inf
+            return Solution(I_calc, Idev, None, np.zeros(len(I), dtype=int))
+
+        prepared = Prepared(smearing, "lake", {}, diverging)
+        with pytest.raises(BadInput, match=f"lake found no finite answer for {which}: .* try another method"):
+            prepared(curves.isel(exposure=slice(exposures)))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("map", {"weight": "abc"}, "map: weight is 'abc'; it takes a finite number or null"),
+        ("map", {"weight": float("nan")}, "weight is nan"),
+        ("map", {"tolerance": None}, "tolerance is None; it takes a finite number"),
+        ("lake", {"iterations": 1.5}, "lake: iterations is 1.5; it takes a whole number or null"),
+        ("lake", {"iterations": True}, "iterations is True"),
+        ("lake", {"extrapolation": 3}, "extrapolation is 3; it takes a word"),
+        ("dsnet-paper", {"fine_tune": 1}, "fine_tune is 1; it takes true or false"),
+        ("dsnet-paper", {"psf": 1}, "psf is 1; it takes a word"),
+    ],
+)
+def test_options_have_types(method, options, message, smearing):
+    with pytest.raises(BadInput, match=message):
+        prepare(smearing, method, **options)
+
+
+def test_a_whole_number_serves_as_a_number(smearing):
+    assert prepare(smearing, "map", weight=7, student=None).options == {"weight": 7, "student": None}
 
 
 def test_methods_resolve_by_name_only():

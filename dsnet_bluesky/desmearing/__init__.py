@@ -13,7 +13,8 @@ import inspect
 import json
 import pkgutil
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from numbers import Integral, Real
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 import xarray as xr
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 from dsnet_bluesky.data import BadInput, Flag, check_curve, describe, exposures_of
 from dsnet_bluesky.smearing import Smearing
+
+from .kernels import widths_below
 
 __all__ = ["METHODS", "Method", "Prepared", "Solution", "desmear", "prepare"]
 
@@ -128,7 +131,8 @@ def prepare(smearing: Smearing, method: str = "map", **options: Any) -> Prepared
     Raises
     ------
     BadInput
-        If the method or an option is unknown, or the operator is wider than half its q range.
+        If the method or an option is unknown, an option has a value of the wrong type,
+        or the operator is wider than half its q range.
     """
     if method not in METHODS:
         raise BadInput(f"There is no method {method!r}; the methods are {', '.join(sorted(METHODS))}.")
@@ -178,11 +182,14 @@ class Prepared:
             )
 
     def _assemble(self, batch: xr.Dataset, I: NDArray, Idev: NDArray, solution: Solution) -> xr.Dataset:
-        resmeared = self.smearing.apply(solution.I_calc)
-        chi2 = np.mean(((resmeared - I) / Idev) ** 2, axis=-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            resmeared = self.smearing.apply(solution.I_calc)
+            answer = self.smearing.at_q(solution.I_calc) if solution.I is None else solution.I
+            chi2 = np.mean(((resmeared - I) / Idev) ** 2, axis=-1)
+        self._check_finite(answer, resmeared, chi2)
         Qdev = np.full(I.shape, np.nan) if solution.Qdev is None else solution.Qdev
         columns = {
-            "I": self.smearing.at_q(solution.I_calc) if solution.I is None else solution.I,
+            "I": answer,
             "Idev": solution.Idev,
             "Qdev": Qdev,
             "I_smeared": I,
@@ -201,6 +208,16 @@ class Prepared:
         result["q"].attrs["resolutions"] = "Qdev"
         return describe(result)
 
+    def _check_finite(self, answer: NDArray, resmeared: NDArray, chi2: NDArray) -> None:
+        """Refuse what is no answer: it must never be stored as one."""
+        failed = np.flatnonzero(~(np.isfinite(answer) & np.isfinite(resmeared)).all(axis=-1) | ~np.isfinite(chi2))
+        if failed.size:
+            which = f"exposures {', '.join(str(i) for i in failed)} of {chi2.size}" if chi2.size > 1 else "this curve"
+            raise BadInput(
+                f"{self.method} found no finite answer for {which}: leave out points without signal, give Idev, "
+                "or try another method."
+            )
+
     def _flags(self, batch: xr.Dataset, chi2: NDArray, solution: Solution) -> NDArray:
         flags = np.asarray(solution.flags, dtype=np.int64) | np.where(chi2 > 2, int(Flag.POOR_FIT), 0)
         if batch.attrs.get("Idev_estimated"):
@@ -218,11 +235,39 @@ class Prepared:
         }
 
 
+KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a finite number"),
+    str: (str, "a word"),
+    type(None): (type(None), "null"),
+}
+"""For each type that an option may have: what serves as it, and its name in messages."""
+
+
 def _check_options(method: str, solver: type, options: dict[str, Any]) -> None:
     valid = [name for name in inspect.signature(solver).parameters if name != "smearing"]
     unknown = sorted(set(options) - set(valid))
     if unknown:
         raise BadInput(f"{method} has no option {', '.join(unknown)}; its options are {', '.join(valid) or 'none'}.")
+    hints = get_type_hints(solver.__init__)
+    for name, value in options.items():
+        kinds = _kinds(hints[name])
+        if not any(_serves(value, kind) for kind in kinds):
+            raise BadInput(f"{method}: {name} is {value!r}; it takes {' or '.join(KINDS[kind][1] for kind in kinds)}.")
+
+
+def _kinds(hint: Any) -> list[type]:
+    """Plain types that an annotation allows; the words of a Literal are left to the method."""
+    if get_origin(hint) is Literal:
+        return sorted({type(word) for word in get_args(hint)}, key=str)
+    return list(get_args(hint)) or [hint]
+
+
+def _serves(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or not isinstance(value, KINDS[kind][0]):
+        return kind is bool and isinstance(value, bool)
+    return kind is not float or bool(np.isfinite(value))
 
 
 def _check_range(smearing: Smearing) -> None:
@@ -232,8 +277,7 @@ def _check_range(smearing: Smearing) -> None:
     extrapolated (that is how all Bonse-Hart data are desmeared). What counts is
     how far the operator reaches down: for a symmetric kernel its standard deviation.
     """
-    below = np.minimum(smearing.q_calc - smearing.q[:, None], 0.0)
-    width = float(np.sqrt(2 * np.sum(smearing.matrix * below**2, axis=1).max()))
+    width = float(widths_below(smearing).max())
     span = float(smearing.q[-1] - smearing.q[0])
     if span < MINIMUM_RANGE * width:
         raise BadInput(
