@@ -6,6 +6,7 @@ The names are those already in use in the field (docs/reference/metadata.md).
 from __future__ import annotations
 
 import json
+import math
 import platform
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ __all__ = [
     "PURPOSES",
     "Exposure",
     "Instrument",
+    "change_within",
     "mismatch",
     "purpose",
     "result_key",
@@ -73,12 +75,14 @@ class Instrument:
         """Read the instrument from ``descriptor["configuration"]``.
 
         A key counts by its last word, whatever the device is called: `instrument-poni`
-        and `det_poni` are both the geometry.
+        and `det_poni` are both the geometry. What the device `instrument` says comes first; of
+        other devices, values of another kind are left out (`det-beam_monitor` may be a switch).
 
         Raises
         ------
         BadInput
-            If no geometry was recorded, or it is not JSON.
+            If no geometry was recorded, or it is not JSON, or the device `instrument`
+            records something that is no number (for `mask`: no text).
         """
         found = dict(_last_words(configuration))
         if not found.get("poni"):
@@ -86,12 +90,7 @@ class Instrument:
                 "The run's descriptor holds no geometry: its configuration needs a key that ends in 'poni' with the content of "
                 "a .poni file as JSON. Use the plans of dsnet_bluesky.plans, or pass their Instrument to trigger_and_read."
             )
-        known = {
-            name: float(found[name])
-            for name in cls.__dataclass_fields__
-            if name not in ("poni", "mask") and found.get(name) is not None
-        }
-        return cls(poni=_poni(found["poni"]), mask=found.get("mask") or None, **known)
+        return cls(**{**found, "poni": _poni(found["poni"]), "mask": found.get("mask") or None})
 
     def to_configuration(self) -> dict[str, Any]:
         """Return plain values under this class's names, as plans record them."""
@@ -100,13 +99,30 @@ class Instrument:
 
 
 def _last_words(configuration: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    names = Instrument.__dataclass_fields__
     # The plans' own device comes last: what it says counts.
-    for _, device in sorted(configuration.items(), key=lambda item: item[0] == "instrument"):
-        for key, value in device.get("data", {}).items():
-            for name in names:
-                if key == name or key.endswith((f"-{name}", f"_{name}")):
-                    yield name, value
+    for device, recorded in sorted(configuration.items(), key=lambda item: item[0] == "instrument"):
+        for key, value in recorded.get("data", {}).items():
+            for name in Instrument.__dataclass_fields__:
+                if value is None or not (key == name or key.endswith((f"-{name}", f"_{name}"))):
+                    continue
+                try:
+                    yield name, _converted(name, value)
+                except (TypeError, ValueError) as error:
+                    if device == "instrument":
+                        raise BadInput(f"The instrument recorded {key} = {str(value)[:60]!r}: {error}.") from error
+
+
+def _converted(name: str, value: Any) -> Any:
+    """Return a recorded value as the kind that its name stands for; ValueError or TypeError if it is of another."""
+    if name == "poni":
+        return value
+    if name == "mask":
+        if not isinstance(value, str):
+            raise TypeError("a mask is the URI of a file")
+        return value
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise ValueError("it is not a finite number")
+    return number
 
 
 def _poni(value: Any) -> dict[str, Any]:
@@ -189,6 +205,19 @@ def mismatch(sample: Instrument, direct_beam: Instrument) -> str | None:
         if mine is not None and other is not None and abs(mine - other) > 1e-6:
             return f"the slits differ ({name} {mine * 1e3:.3f} mm, direct beam {other * 1e3:.3f} mm)"
     return None
+
+
+def change_within(first: Instrument, now: Instrument) -> str | None:
+    """Say what was changed in a run that one operator cannot describe any more, None if nothing."""
+    for name, scale, unit in (("slit_width", 1e3, " mm"), ("slit_height", 1e3, " mm"), ("wavelength_spread", 1.0, "")):
+        before, after = getattr(first, name), getattr(now, name)
+        if before != after:
+            said = ("unknown" if value is None else f"{value * scale:.3f}{unit}" for value in (before, after))
+            return f"{name} {' -> '.join(said)}"
+    if first.mask != now.mask:
+        return f"mask {first.mask} -> {now.mask}"
+    keys = [key for key in {**first.poni, **now.poni} if first.poni.get(key) != now.poni.get(key)]
+    return f"poni {keys[0]} {first.poni.get(keys[0])} -> {now.poni.get(keys[0])}" if keys else None
 
 
 def result_key(raw_uid: str, direct_beam_uid: str | None, config_sha256: str, model_sha256: str) -> str:

@@ -10,7 +10,7 @@ from bluesky import RunEngine
 from event_model import compose_run, pack_event_page
 from ophyd_async.plan_stubs import ensure_connected
 
-from dsnet_bluesky.callbacks.exposures import ExposureRouter, exposures_of_documents
+from dsnet_bluesky.callbacks.exposures import ExposureRouter, _Run, exposures_of_documents
 from dsnet_bluesky.frames import read
 from dsnet_bluesky.plans import Instrument, direct_beam, expose
 from dsnet_bluesky.sim import SaxsCamera, SimBeamline
@@ -159,6 +159,33 @@ def test_run_without_geometry_says_so():
     found = exposures_of_documents(iter(docs))
     assert [(e.frames.start, e.frames.stop) for e in found] == [(0, 1), (1, 2)]
     assert all("no geometry" in e.problem for e in found)
+
+
+@pytest.mark.parametrize(
+    ("configuration", "parameters", "said"),
+    [
+        ({"odd": {"data": None}}, {"dataset": "d"}, "configuration cannot be understood"),
+        ({"det": {"data": {"det_poni": json.dumps(PONI)}}}, {"template": "{", "chunk_shape": "?"}, "file cannot be understood"),
+    ],
+)
+def test_strange_documents_are_exposures_with_a_problem(configuration, parameters, said):
+    descriptor = {"uid": "d", "name": "primary", "run_start": "r", "time": 0.0, "configuration": configuration}
+    docs = [
+        ("start", {"uid": "r", "time": 0.0}),
+        ("descriptor", {**descriptor, "data_keys": {"det": {"source": "", "dtype": "array", "shape": [1, *SHAPE]}}}),
+        ("stream_resource", {"uid": "f", "run_start": "r", "mimetype": "application/x-hdf5", "uri": "file:///a.h5"}),
+        ("stream_datum", {"uid": "f/0", "stream_resource": "f", "descriptor": "d", "indices": {"start": 0, "stop": 1}}),
+    ]
+    docs[2][1].update(data_key="det", parameters=parameters)
+    (exposure,) = _raw_exposures(docs)
+    assert said in exposure.problem
+
+
+def _raw_exposures(docs):
+    """Past the normaliser, which is stricter than some writers of documents."""
+    run = _Run()
+    [getattr(run, name)(doc) for name, doc in docs]
+    return run.found
 
 
 def test_what_is_no_image_is_no_exposure():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.documents import Instrument, mismatch, purpose, result_key, result_metadata, start_metadata
+from dsnet_bluesky.documents import Instrument, change_within, mismatch, purpose, result_key, result_metadata, start_metadata
 
 PONI = {"dist": 1.0, "wavelength": 1.54e-10, "detector": "Pilatus300k"}
 START = {
@@ -61,6 +61,38 @@ def test_pairing(change: dict, reason: str | None):
     other = Instrument(**{"poni": PONI, "slit_width": 4e-3, "slit_height": 2.5e-3, **change})
     found = mismatch(sample, other)
     assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_other_devices_do_not_get_in_the_way():
+    other = {"det-beam_monitor": "on", "det-pixel_mask": True, "det-slit_width": [1, 2], "det_transmission": "0.5"}
+    ours = {"instrument-poni": json.dumps(PONI), "instrument-monitor": 3}
+    instrument = Instrument.from_configuration({"det": {"data": other}, "instrument": {"data": ours}})
+    assert instrument == Instrument(poni=PONI, monitor=3.0, transmission=0.5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"instrument-monitor": "on"}, {"instrument-mask": True}, {"instrument-slit_width": float("nan")}]
+)
+def test_what_the_instrument_itself_records_must_be_right(wrong: dict):
+    with pytest.raises(BadInput, match=next(iter(wrong))):
+        Instrument.from_configuration({"instrument": {"data": {"instrument-poni": json.dumps(PONI), **wrong}}})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"exposure_time": 5.0, "monitor": 2.0, "transmission": 0.5, "attenuation": 1e-4}, None),
+        ({"slit_width": 0.8e-3}, "slit_width 4.000 mm -> 0.800 mm"),
+        ({"slit_width": None}, "slit_width 4.000 mm -> unknown"),
+        ({"wavelength_spread": 0.1}, "wavelength_spread 0.000 -> 0.100"),
+        ({"mask": "file:///m.npy"}, "mask None -> file:///m.npy"),
+        ({"poni": {**PONI, "dist": 2.0}}, "poni dist 1.0 -> 2.0"),
+    ],
+)
+def test_changes_within_a_run(change: dict, said: str | None):
+    assert (
+        change_within(Instrument(poni=PONI, slit_width=4e-3), Instrument(**{"poni": PONI, "slit_width": 4e-3, **change})) == said
+    )
 
 
 def test_identity():

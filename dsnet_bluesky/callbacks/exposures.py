@@ -175,10 +175,20 @@ def _instrument(descriptor: Mapping[str, Any]) -> tuple[Instrument | None, str |
         return Instrument.from_configuration(descriptor.get("configuration", {})), None
     except BadInput as error:
         return None, str(error)
+    except Exception as error:  # other people's documents: an exposure is never lost over them
+        return None, f"The recorded configuration cannot be understood ({type(error).__name__}: {error})."
 
 
 def _frames(resource: dict[str, Any], descriptor: dict[str, Any], position: int) -> tuple[FrameReference, str | None]:
     """Say where the frames of the event at `position` of a resource are, or why they cannot be read."""
+    try:
+        return _located(resource, descriptor, position)
+    except Exception as error:  # as above
+        unknown = FrameReference(str(resource.get("uri", "")), str(resource.get("mimetype", "")))
+        return unknown, f"The record of the frames' file cannot be understood ({type(error).__name__}: {error})."
+
+
+def _located(resource: dict[str, Any], descriptor: dict[str, Any], position: int) -> tuple[FrameReference, str | None]:
     shape, parameters = descriptor["data_keys"][resource["data_key"]]["shape"], resource["parameters"]
     number = max(int(shape[-3]) if len(shape) > 2 else 1, int(parameters.get("multiplier") or 1))
     if not parameters.get("template"):
