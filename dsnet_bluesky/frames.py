@@ -23,12 +23,16 @@ from numpy.typing import NDArray
 
 from .data import BadInput
 
-__all__ = ["FABIO_MIMETYPE", "HDF5_MIMETYPE", "FrameReference", "count", "path_of", "read"]
+__all__ = ["FABIO_MIMETYPE", "HDF5_MIMETYPE", "FrameReference", "NotYet", "count", "path_of", "read"]
 
 HDF5_MIMETYPE = "application/x-hdf5"
 
 FABIO_MIMETYPE = "application/x-fabio"
 """Of what fabio reads, where a detector says nothing more precise."""
+
+
+class NotYet(BadInput):
+    """A file is missing, locked by its writer or shorter than promised: it may be better in a moment."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,14 @@ def read(reference: FrameReference) -> NDArray:
 
     Raises
     ------
+    NotYet
+        If the file is missing, locked, truncated, or holds too few frames.
     BadInput
-        If the file is missing, truncated, not an image, or holds too few frames.
+        If it is not an image.
     """
     path = path_of(reference.uri)
     if not path.is_file():
-        raise BadInput(f"The file {path} does not exist (or is not visible from this machine).")
+        raise NotYet(f"The file {path} does not exist (or is not visible from this machine).")
     stack = (
         _read_hdf5(path, reference)
         if reference.mimetype == HDF5_MIMETYPE
@@ -96,7 +102,7 @@ def read(reference: FrameReference) -> NDArray:
     )
     wanted = None if reference.stop is None else reference.stop - reference.start
     if stack.shape[0] == 0 or (wanted is not None and stack.shape[0] < wanted):
-        raise BadInput(
+        raise NotYet(
             f"{path.name} is truncated: it holds {stack.shape[0]} of the {wanted or 1} frames from number {reference.start} on."
         )
     return stack
@@ -121,8 +127,11 @@ def count(reference: FrameReference) -> int:
 def _open_hdf5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r", libver="latest", swmr=True)
+    except BlockingIOError as error:
+        raise NotYet(f"{path.name} is locked by the program that writes it, not in SWMR mode ({error}).") from error
     except OSError as error:
-        raise BadInput(f"{path.name} cannot be opened as HDF5: it is truncated, still empty, or not HDF5 ({error}).") from error
+        kind = NotYet if path.stat().st_size == 0 or "truncated" in str(error) else BadInput
+        raise kind(f"{path.name} cannot be opened as HDF5: it is truncated, still empty, or not HDF5 ({error}).") from error
 
 
 def _dataset(file: h5py.File, path: Path, reference: FrameReference) -> h5py.Dataset:
@@ -145,7 +154,7 @@ def _read_hdf5(path: Path, reference: FrameReference) -> NDArray:
                 return np.asarray(dataset[reference.start : reference.stop])
             return np.asarray(dataset[()]).reshape(-1, *dataset.shape[-2:])[reference.start : reference.stop]
         except OSError as error:
-            raise BadInput(f"{path.name} is truncated or damaged: its frames cannot be read ({error}).") from error
+            raise NotYet(f"{path.name} is truncated or damaged: its frames cannot be read ({error}).") from error
 
 
 def _read_fabio(path: Path) -> NDArray:
@@ -154,9 +163,10 @@ def _read_fabio(path: Path) -> NDArray:
             stack = np.stack([np.asarray(image.get_frame(i).data) for i in range(image.nframes)])
     except Exception as error:
         # fabio raises whatever its many readers raise: all of it means that the file is no image it knows.
-        raise BadInput(f"{path.name} cannot be read as a detector image ({type(error).__name__}: {error}).") from error
+        kind = BadInput if path.stat().st_size else NotYet
+        raise kind(f"{path.name} cannot be read as a detector image ({type(error).__name__}: {error}).") from error
     if errors:
-        raise BadInput(f"{path.name} is truncated or damaged ({errors[0]}).")
+        raise NotYet(f"{path.name} is truncated or damaged ({errors[0]}).")
     return stack
 
 

@@ -1,5 +1,6 @@
 """Frames are read from real files; damaged ones are named."""
 
+import fcntl
 from pathlib import Path
 
 import fabio.cbfimage
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.frames import HDF5_MIMETYPE, FrameReference, count, path_of, read
+from dsnet_bluesky.frames import HDF5_MIMETYPE, FrameReference, NotYet, count, path_of, read
 
 STACK = np.arange(4 * 30 * 20, dtype=np.int32).reshape(4, 30, 20)
 
@@ -89,6 +90,26 @@ def test_what_is_missing_is_named(hdf5: Path, change: dict, message: str):
     reference = FrameReference(**{"uri": hdf5.as_uri(), "mimetype": HDF5_MIMETYPE, **change})
     with pytest.raises(BadInput, match=message):
         read(reference)
+
+
+def test_what_may_come_is_told_from_what_is_wrong(hdf5: Path, tmp_path: Path):
+    empty, text = tmp_path / "empty.h5", tmp_path / "text.h5"
+    empty.touch()
+    text.write_text("not HDF5")
+    for uri, stop in ((hdf5.as_uri(), 5), (empty.as_uri(), None), ((tmp_path / "missing.h5").as_uri(), None)):
+        with pytest.raises(NotYet):
+            read(FrameReference(uri, HDF5_MIMETYPE, stop=stop))
+    with pytest.raises(BadInput) as caught:
+        read(FrameReference(text.as_uri(), HDF5_MIMETYPE))
+    assert not isinstance(caught.value, NotYet)
+
+
+def test_a_file_that_its_writer_locks_is_not_there_yet(hdf5: Path):
+    with hdf5.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as HDF5 does for a writer without SWMR
+        with pytest.raises(NotYet, match="locked"):
+            read(FrameReference(hdf5.as_uri(), HDF5_MIMETYPE))
+    assert read(FrameReference(hdf5.as_uri(), HDF5_MIMETYPE)).shape == STACK.shape
 
 
 def test_text_is_no_image(tmp_path: Path):
