@@ -118,6 +118,23 @@ def test_a_result_is_written_once(client):
         assert caught.value.status == key
 
 
+def test_a_failed_result_may_be_begun_again_a_complete_one_never(client, key):
+    ResultWriter.create(client, key, METADATA).fail("no direct beam")
+    again = ResultWriter.create(client, key, METADATA, replace_failed=True)
+    with pytest.raises(AlreadyStored, match="running"):
+        ResultWriter.create(client, key, METADATA, replace_failed=True)
+    again.append(short(1.0))
+    again.complete()
+    with pytest.raises(AlreadyStored, match="complete"):
+        ResultWriter.create(client, key, METADATA, replace_failed=True)
+
+
+def test_an_abandoned_result_is_begun_again(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.abandon()
+    assert ResultWriter.create(client, key, METADATA) is not writer
+
+
 def test_a_result_that_is_being_written_is_left_alone(client, key):
     writer = ResultWriter.create(client, key, METADATA)
     with pytest.raises(AlreadyStored, match="running"):

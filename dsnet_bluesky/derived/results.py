@@ -75,7 +75,13 @@ class ResultWriter:
 
     @classmethod
     def create(
-        cls, client: Any, key: str, metadata: Mapping[str, Any], *, access_tags: Sequence[str] | None = None
+        cls,
+        client: Any,
+        key: str,
+        metadata: Mapping[str, Any],
+        *,
+        access_tags: Sequence[str] | None = None,
+        replace_failed: bool = False,
     ) -> ResultWriter:
         """Create the node of a result.
 
@@ -93,6 +99,9 @@ class ResultWriter:
             Of `documents.result_metadata`.
         access_tags
             Those of the raw run if not given.
+        replace_failed
+            Remove a result that failed, and begin it again: it says why, but is nothing
+            that somebody could have used. A complete result is never replaced.
 
         Raises
         ------
@@ -116,7 +125,7 @@ class ResultWriter:
             except ClientError as error:
                 if error.response.status_code != CONFLICT:
                     raise
-                _clear_abandoned(parent, key, give_up=last)
+                _make_way(parent, key, () if last else ("failed", "running") if replace_failed else ("running",))
             else:
                 writer = cls(node, tags)
                 _open_writers[key] = writer
@@ -164,11 +173,15 @@ class ResultWriter:
         """Declare that the result failed as a whole."""
         self._close("failed", reason)
 
+    def abandon(self) -> None:
+        """Leave the result as it is, to whoever begins it again."""
+        _open_writers.pop(self.node.item["id"], None)
+
     def _close(self, status: str, reason: str | None) -> None:
         said = {"status": status, **({"reason": reason} if reason else {})}
         self._attrs |= said
         self._update(**said)
-        _open_writers.pop(self.node.item["id"], None)
+        self.abandon()
 
     def _write(self, rows: xr.Dataset, reasons: Sequence[str]) -> None:
         # The status comes last: an exposure without one is not complete.
@@ -231,14 +244,15 @@ def _tags_of_raw(client: Any, raw_uid: str) -> list[str] | None:
         return None
 
 
-def _clear_abandoned(parent: Any, key: str, *, give_up: bool) -> None:
-    """Remove a node that nobody writes any more, or raise AlreadyStored."""
+def _make_way(parent: Any, key: str, removable: Sequence[str]) -> None:
+    """Remove a node of a removable status that nobody writes any more, or raise AlreadyStored."""
     try:
         metadata = parent[key].metadata
     except KeyError:
         return  # removed by somebody else in this moment
-    if give_up or metadata["status"] != "running" or _is_written(key, metadata):
-        raise AlreadyStored(key, metadata["status"])
+    status = metadata["status"]
+    if status not in removable or (status == "running" and _is_written(key, metadata)):
+        raise AlreadyStored(key, status)
     with contextlib.suppress(ClientError):  # somebody else was faster: the next attempt to create tells
         parent.delete_contents(key, recursive=True, external_only=False)
 
