@@ -1,8 +1,11 @@
 """DesmearCallback under a real RunEngine and a real catalog, with planted faults."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 
 import h5py
 import httpx
@@ -12,12 +15,16 @@ from bluesky import plan_stubs as bps
 from bluesky.utils import FailedStatus
 from bluesky_tiled_plugins import TiledWriter
 from event_model import compose_run
+from ophyd_async.core import TriggerInfo
 from ophyd_async.plan_stubs import ensure_connected
 from tiled.queries import Key
 
+from dsnet_bluesky.callbacks import desmear as desmear_module
 from dsnet_bluesky.callbacks import pairing
-from dsnet_bluesky.callbacks.desmear import DesmearCallback
+from dsnet_bluesky.callbacks.desmear import DesmearCallback, desmear_runs
 from dsnet_bluesky.derived import ResultWriter
+from dsnet_bluesky.documents import result_key
+from dsnet_bluesky.frames import path_of
 from dsnet_bluesky.pipeline import Config, PreparedExposures
 from dsnet_bluesky.plans import Instrument, direct_beam, expose
 from dsnet_bluesky.sim import SaxsCamera, SimBeamline
@@ -63,6 +70,10 @@ class Line:
         yield from bps.mv(line.beamstop.radius, BEAMSTOP, line.attenuator.factor, 1.0, line.changer.sample, "AgBh")
         yield from bps.configure(self.instrument, mask=self.folder / "mask.npy")
         yield from expose(line.detector, sample="AgBh", instrument=self.instrument, exposure_time=60.0, **options)
+
+    def file_of(self, uid):
+        (uri,) = [doc["uri"] for name, doc in self.docs if name == "stream_resource" and doc["run_start"] == uid]
+        return path_of(uri)
 
     def result(self, uid):
         (node,) = self.client["desmeared"].search(Key("raw_uid") == uid).values()
@@ -178,12 +189,36 @@ def test_one_bad_frame_costs_one_row(line, desmear, monkeypatch):
     assert "no usable image" in failure["reason"]
 
 
+def test_exposure_of_a_changed_instrument_costs_its_row(line, desmear):
+    beam = line.beam()
+
+    def plan():
+        yield from bps.open_run({"purpose": "sample", "sample": "AgBh", "direct_beam_uid": beam})
+        for change in ({}, {"slit_width": 0.8e-3}, {"slit_width": 4e-3, "transmission": 0.5}):
+            yield from bps.configure(line.instrument, **change)
+            yield from bps.prepare(line.beamline.detector, TriggerInfo(livetime=60.0), wait=True)
+            yield from bps.trigger_and_read([line.beamline.detector, line.instrument])
+        yield from bps.close_run()
+
+    def staged():
+        yield from bps.mv(line.beamline.beamstop.radius, BEAMSTOP, line.beamline.changer.sample, "AgBh")
+        yield from bps.configure(line.instrument, mask=line.folder / "mask.npy")
+        yield from bps.stage(line.beamline.detector)
+        yield from plan()
+        yield from bps.unstage(line.beamline.detector)
+
+    (sample,) = line.engine(staged())
+    assert desmear.wait(WAIT)
+    node = line.result(sample)
+    assert node.read()["status"].values.tolist() == ["ok", "failed", "ok"]
+    assert "(slit_width 4.000 mm -> 0.800 mm); expose it in a run of its own" in node.metadata["failures"][0]["reason"]
+
+
 def test_file_that_vanished(line):
     line.beam()
     sample = line.sample()
-    (uri,) = [doc["uri"] for name, doc in line.docs[-6:] if name == "stream_resource"]
-    (line.folder / uri.rsplit("/", 1)[1]).unlink()
-    callback = DesmearCallback(line.client, config=CONFIG)
+    line.file_of(sample).unlink()
+    callback = DesmearCallback(line.client, config=CONFIG, retry_interval=0.1)
     for name, doc in line.docs:
         callback(name, doc)
     assert callback.wait(WAIT)
@@ -267,6 +302,112 @@ def test_catalog_that_does_not_answer_puts_the_run_off(line, desmear, monkeypatc
     node = line.result(sample)
     assert node.metadata["status"] == "complete"
     assert node.read()["status"].values.tolist() == ["ok", "ok", "ok"]
+
+
+@pytest.fixture
+def outage(monkeypatch):
+    """Nothing is stored while it is set."""
+    away, append = threading.Event(), ResultWriter.append
+
+    def fail(writer, dataset):
+        if away.is_set():
+            raise httpx.ConnectError("planted")
+        append(writer, dataset)
+
+    monkeypatch.setattr(ResultWriter, "append", fail)
+    away.set()
+    return away
+
+
+def test_run_that_was_given_up_can_be_done_later_in_the_same_process(line, outage, monkeypatch):
+    beam = line.beam()
+    monkeypatch.setattr(desmear_module, "ATTEMPTS", 3)
+    callback = line.subscribe(retry_interval=0.1)
+    sample = line.sample(direct_beam_uid=beam)
+    assert callback.wait(WAIT)
+    assert callback.close()
+    assert callback.statistics.abandoned == [sample]
+    assert line.result(sample).metadata["status"] == "running"
+    outage.clear()
+    assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 1
+    assert line.result(sample).metadata["status"] == "complete"
+
+
+def test_close_finishes_what_was_put_off(line, outage):
+    beam = line.beam()
+    callback = line.subscribe(retry_interval=0.1)
+    sample = line.sample(direct_beam_uid=beam)
+    threading.Timer(1.0, outage.clear).start()
+    assert callback.close(WAIT)
+    assert line.result(sample).metadata["status"] == "complete"
+
+
+def test_close_names_what_it_could_not_finish(line, outage, caplog):
+    beam = line.beam()
+    callback = line.subscribe(retry_interval=0.1)
+    sample = line.sample(direct_beam_uid=beam)
+    assert not callback.close(3.0)
+    assert f"these runs unfinished: {sample}" in caplog.text
+    outage.clear()
+    assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 1
+
+
+def test_script_that_ends_finishes_its_work():
+    script = """
+import time
+from dsnet_bluesky.callbacks.desmear import DesmearCallback
+
+class Slow(DesmearCallback):
+    def _handle(self, item):
+        time.sleep(0.3)
+        print(item[0])
+
+callback = Slow({"raw": {}})
+callback("start", {"uid": "a"})
+callback("stop", {"run_start": "a"})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=WAIT, check=True)
+    assert done.stdout.split() == ["start", "stop"]
+
+
+def test_file_that_comes_late(line):
+    line.beam()
+    sample = line.sample()
+    path = line.file_of(sample)
+    path.rename(path.with_suffix(".late"))
+    callback = DesmearCallback(line.client, config=CONFIG, retry_interval=1.0)
+    for name, doc in line.docs:
+        callback(name, doc)
+    assert not callback.wait(1.0)
+    path.with_suffix(".late").rename(path)
+    assert callback.wait(WAIT)
+    assert callback.close()
+    assert callback.statistics.deferred == 1
+    assert line.result(sample).metadata["status"] == "complete"
+
+
+def test_failed_result_is_begun_again_on_request(line):
+    line.beam()
+    sample = line.sample()
+    path = line.file_of(sample)
+    path.rename(path.with_suffix(".away"))
+    desmear_runs(line.client, [sample], config=CONFIG, retry_interval=0.05)
+    assert line.result(sample).metadata["status"] == "failed"
+    path.with_suffix(".away").rename(path)
+    assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 1
+    assert line.result(sample).metadata["status"] == "complete"
+    assert desmear_runs(line.client, [sample], config=CONFIG).stored_before == 1
+
+
+def test_configuration_that_was_used_is_recorded(line, desmear):
+    line.engine(bps.configure(line.instrument, wavelength_spread=0.05))
+    beam = line.beam()
+    sample = line.sample(direct_beam_uid=beam)
+    assert desmear.wait(WAIT)
+    used, metadata = replace(CONFIG, wavelength_spread=0.05), line.result(sample).metadata
+    assert metadata["config"] == used.to_dict()
+    assert metadata["config_sha256"] == used.sha256
+    assert line.result(sample).item["id"] == result_key(sample, beam, used.sha256, "")
 
 
 def test_listener_that_comes_in_the_middle_of_a_run(line):

@@ -9,10 +9,11 @@ the catalog, after its end.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,8 @@ import httpx
 from dsnet_bluesky import derived
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.derived import AlreadyStored, ResultWriter
-from dsnet_bluesky.documents import Exposure, purpose, result_key, result_metadata
+from dsnet_bluesky.documents import Exposure, Instrument, change_within, purpose, result_key, result_metadata
+from dsnet_bluesky.frames import NotYet
 from dsnet_bluesky.pipeline import Config, PreparedExposures
 
 from .exposures import ExposureRouter, exposures_of_documents
@@ -32,8 +34,17 @@ __all__ = ["DesmearCallback", "Statistics", "desmear_runs"]
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
-"""Times that a run is tried from the catalog before it is given up."""
+ATTEMPTS = 40
+"""Times that a run is tried from the catalog before it is given up: an outage of some minutes is survived."""
+
+READ_ATTEMPTS = 5
+"""Times that a run is tried from the catalog while its files are not there yet; then that is its result."""
+
+RETRY_INTERVAL = 10.0
+"""Seconds between two attempts, at most."""
+
+EXIT_TIMEOUT = 20.0
+"""Seconds for which a script that ends waits for what is still to do."""
 
 CATALOG_AWAY = (httpx.TransportError, ConnectionError)
 """What a client raises when its server does not answer."""
@@ -72,6 +83,7 @@ class _Work:
     start: Mapping[str, Any]
     detector: tuple[str, str] | None = None
     beam: DirectBeam | None = None
+    instrument: Instrument | None = None
     prepared: PreparedExposures | None = None
     writer: ResultWriter | None = None
     done: int = 0
@@ -93,6 +105,10 @@ class DesmearCallback:
         A sample that names no direct beam gets none older than this, in s.
     data_key
         Detector to use; the first one of a run with images if not given.
+    retry_interval
+        What was put off is tried again and again, at first soon, later at this interval, in s.
+    replace_failed
+        Do runs again whose result is there and says that it failed.
 
     Examples
     --------
@@ -110,12 +126,16 @@ class DesmearCallback:
         queue_size: int = 10_000,
         max_beam_age: float = 86_400.0,
         data_key: str | None = None,
+        retry_interval: float = RETRY_INTERVAL,
+        replace_failed: bool = False,
     ):
         self.statistics = Statistics()
         self._client = client
         self._raw = client["raw"]
         self._config = config or Config()
         self._data_key = data_key
+        self._retry_interval = retry_interval
+        self._replace_failed = replace_failed
         self._beams = DirectBeams(self._raw, self._config, max_age=max_beam_age)
         self._router = ExposureRouter(self._take)
         self._work: dict[str, _Work] = {}
@@ -124,7 +144,8 @@ class DesmearCallback:
         self._put_off: dict[str, None] = {}
         self._ended: deque[str] = deque()
         self._later: dict[tuple[str, str], _Deferred] = {}
-        self._worker = Worker(self._handle, self._catch_up, size=queue_size, name="desmear")
+        self._worker = Worker(self._handle, self._catch_up, self._settled, size=queue_size, name="desmear")
+        atexit.register(self._at_exit)
 
     def __call__(self, name: str, doc: Mapping[str, Any]) -> None:
         """Take a document: put it into the queue and return. Never raises, never waits."""
@@ -140,11 +161,40 @@ class DesmearCallback:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything handed in so far is desmeared and stored; False when the time is over."""
-        return self._worker.wait(timeout, lambda: not (self._ended or self._later))
+        return self._worker.wait(timeout)
 
     def close(self, timeout: float = 60.0) -> bool:
-        """Finish what is queued and stop the worker; False if it still works after `timeout` seconds."""
-        return self._worker.close(timeout)
+        """Finish what is queued or put off and stop the worker; False if `timeout` seconds do not suffice.
+
+        What is not finished is logged; do it later with `desmear_runs`.
+        """
+        atexit.unregister(self._at_exit)
+        done = self._worker.close(timeout)
+        unfinished = self._unfinished()
+        if done and not unfinished:
+            return True
+        logger.warning(
+            "Closed with %d documents and these runs unfinished: %s. Do them with desmear_runs.",
+            self._worker.pending,
+            ", ".join(unfinished) or "none",
+        )
+        if self._worker.stopped:
+            for run_uid in unfinished:
+                self._drop(run_uid)
+        return False
+
+    def _at_exit(self) -> None:
+        """Finish what a script that ends has left to do."""
+        if self._worker.pending or not self._settled():
+            self.close(EXIT_TIMEOUT)
+
+    def _settled(self) -> bool:
+        """Whether nothing is put off any more, except runs that have not ended."""
+        return not (self._ended or self._later)
+
+    def _unfinished(self) -> list[str]:
+        """Runs whose work is not done, each once."""
+        return list(dict.fromkeys([*self._ended, *(uid for _, uid in list(self._later)), *list(self._work)]))
 
     # -- on the worker's thread --
 
@@ -177,12 +227,14 @@ class DesmearCallback:
         if exposure.run_uid in self._put_off:
             return
         try:
-            self._process(exposure)
-        except CATALOG_AWAY as error:
-            logger.warning("The catalog does not answer (%s); run %s is put off.", error, exposure.run_uid)
+            self._process(exposure, patient=True)
+        except (NotYet, *CATALOG_AWAY) as error:
+            what = "A file is not there yet" if isinstance(error, NotYet) else "The catalog does not answer"
+            logger.warning("%s (%s); run %s is put off.", what, error, exposure.run_uid)
             self._put_off[exposure.run_uid] = None
 
-    def _process(self, exposure: Exposure) -> None:
+    def _process(self, exposure: Exposure, *, patient: bool) -> None:
+        """Do with an exposure what its run is for; if `patient`, a file that is not there yet raises NotYet."""
         if self._data_key not in (None, exposure.data_key):
             return
         what = purpose(exposure.start)
@@ -192,9 +244,9 @@ class DesmearCallback:
             work = self._work.setdefault(exposure.run_uid, _Work(exposure.start))
             work.detector = work.detector or (exposure.stream, exposure.data_key)
             if work.detector == (exposure.stream, exposure.data_key) and exposure.index >= work.done and not work.closed:
-                self._desmear(work, exposure)
+                self._desmear(work, exposure, patient=patient)
 
-    def _desmear(self, work: _Work, exposure: Exposure) -> None:
+    def _desmear(self, work: _Work, exposure: Exposure, *, patient: bool) -> None:
         """Desmear one exposure and store it, or store why not."""
         try:
             self._append(work, exposure)
@@ -204,6 +256,8 @@ class DesmearCallback:
         except CATALOG_AWAY:
             raise
         except BadInput as error:
+            if patient and isinstance(error, NotYet):
+                raise
             self._record_failure(work, str(error))
         except Exception as error:
             logger.exception("Desmearing exposure %d of run %s failed.", exposure.index, exposure.run_uid)
@@ -211,14 +265,18 @@ class DesmearCallback:
             self._record_failure(work, f"Internal error, please report it: {type(error).__name__}: {error}")
 
     def _append(self, work: _Work, exposure: Exposure) -> None:
-        if work.prepared is None:
-            work.beam = self._beams.find(exposure)
-            assert exposure.instrument is not None
-            work.prepared = self._beams.prepared(work.beam, exposure.instrument)
-        if exposure.instrument is None:
-            raise BadInput(exposure.problem or "The exposure has no geometry.")
-        writer = self._writer(work)
         state = exposure.instrument
+        if state is None:
+            raise BadInput(exposure.problem or "The exposure has no geometry.")
+        if work.prepared is None:
+            work.instrument = state
+            work.beam = self._beams.find(exposure)
+            work.prepared = self._beams.prepared(work.beam, state)
+        assert work.instrument is not None
+        changed = change_within(work.instrument, state)
+        if changed:
+            raise BadInput(f"The instrument was changed within the run ({changed}); expose it in a run of its own.")
+        writer = self._writer(work)
         number = (exposure.frames.stop or 1) - exposure.frames.start
         result = work.prepared(
             summed(exposure), time=state.exposure_time * number, monitor=state.monitor, transmission=state.transmission
@@ -255,16 +313,22 @@ class DesmearCallback:
             "model_version": prepared.model_version if prepared else "",
             "model_sha256": prepared.model_sha256 if prepared else "",
         }
+        config = self._beams.config_for(work.instrument) if work.instrument else self._config
         metadata = result_metadata(
             work.start,
             direct_beam_uid=beam_uid,
-            config=self._config.to_dict(),
-            config_sha256=self._config.sha256,
-            method=self._config.method,
+            config=config.to_dict(),
+            config_sha256=config.sha256,
+            method=config.method,
             **model,
         )
-        key = result_key(work.start["uid"], beam_uid, self._config.sha256, model["model_sha256"])
-        return ResultWriter.create(self._client, key, metadata, access_tags=work.start.get("tiled_access_tags"))
+        return ResultWriter.create(
+            self._client,
+            result_key(work.start["uid"], beam_uid, config.sha256, model["model_sha256"]),
+            metadata,
+            access_tags=work.start.get("tiled_access_tags"),
+            replace_failed=self._replace_failed,
+        )
 
     def _finish(self, run_uid: str) -> None:
         """Complete the result of a run that has stopped; what is served of the run is registered when it is quiet."""
@@ -282,31 +346,47 @@ class DesmearCallback:
     def _catch_up(self) -> None:
         """Do what was put off: runs that have ended, from the catalog, and the registration of what is served."""
         while self._ended:
-            self._later.setdefault(("run", self._ended.popleft()), _Deferred())
+            self._later.setdefault(("run", self._ended[0]), _Deferred())
+            self._ended.popleft()  # last, so that `_settled` never misses it
         for (what, run_uid), deferred in list(self._later.items()):
             if time.monotonic() < deferred.not_before:
                 continue
-            if self._attempt(self._from_catalog if what == "run" else self._register, run_uid):
+            done = self._attempt(what, run_uid, patient=deferred.attempts + 1 < READ_ATTEMPTS)
+            if not done and deferred.again(self._retry_interval) >= ATTEMPTS:
+                self._give_up(run_uid)
+                done = True
+            if done:
                 del self._later[what, run_uid]
-            elif deferred.again() > ATTEMPTS:
-                del self._later[what, run_uid]
-                self.statistics.abandoned.append(run_uid)
 
-    def _attempt(self, action: Callable[[str], bool], run_uid: str) -> bool:
+    def _attempt(self, what: str, run_uid: str, *, patient: bool) -> bool:
         """Do something with a run of the catalog; False if it is worth another attempt."""
         try:
-            return action(run_uid)
+            return self._from_catalog(run_uid, patient=patient) if what == "run" else self._register(run_uid)
         except (KeyError, *CATALOG_AWAY) as error:
             # The run may still be on its way into the catalog, or the catalog away.
             logger.debug("Run %s cannot be had from the catalog yet (%r).", run_uid, error)
             return False
         except BadInput as error:
+            if patient and isinstance(error, NotYet):
+                return False
             logger.warning("Run %s: %s", run_uid, error)
         except Exception:
             logger.exception("Run %s could not be handled.", run_uid)
             self.statistics.errors += 1
-            self.statistics.abandoned.append(run_uid)
+            self._give_up(run_uid)
         return True
+
+    def _give_up(self, run_uid: str) -> None:
+        logger.warning("Run %s is given up; do it later with desmear_runs.", run_uid)
+        self.statistics.abandoned.append(run_uid)
+        self._drop(run_uid)
+
+    def _drop(self, run_uid: str) -> None:
+        """Forget a run and leave its result to whoever begins it again."""
+        work = self._work.pop(run_uid, None)
+        self._put_off.pop(run_uid, None)
+        if work is not None and work.writer is not None:
+            work.writer.abandon()
 
     def _register(self, run_uid: str) -> bool:
         run = self._raw[run_uid]
@@ -316,21 +396,23 @@ class DesmearCallback:
             derived.register(self._client, run)
         return True
 
-    def _from_catalog(self, run_uid: str) -> bool:
+    def _from_catalog(self, run_uid: str, *, patient: bool) -> bool:
         """Do a run from the catalog, from where it was left; False if it has not ended there yet."""
         run = self._raw[run_uid]
         if run.metadata.get("stop") is None:
             return False
         for exposure in exposures_of_documents(run.documents()):
-            self._process(exposure)
+            self._process(exposure, patient=patient)
         self._finish(run_uid)
         self._put_off.pop(run_uid, None)
         self.statistics.deferred += 1
         return True
 
 
-def desmear_runs(client: Any, uids: Iterable[str], *, config: Config | None = None) -> Statistics:
+def desmear_runs(client: Any, uids: Iterable[str], *, config: Config | None = None, retry_interval: float = 1.0) -> Statistics:
     """Desmear runs of the catalog as if they were taken now, and wait until they are stored.
+
+    Results that failed, or that were abandoned, are begun again; complete ones stay.
 
     Parameters
     ----------
@@ -340,18 +422,22 @@ def desmear_runs(client: Any, uids: Iterable[str], *, config: Config | None = No
         Runs of ``/raw``.
     config
         How to reduce and desmear.
+    retry_interval
+        As for `DesmearCallback`; shorter, because files and runs are not on their way any more.
 
     Returns
     -------
     Statistics
         What was done; failures are results that say why.
     """
-    callback = DesmearCallback(client, config=config)
-    for uid in uids:
-        for name, doc in client["raw"][uid].documents():
-            callback(name, doc)
-        callback.wait()  # one run at a time: the queue is bounded, and archived documents come fast
-    callback.close()
+    callback = DesmearCallback(client, config=config, retry_interval=retry_interval, replace_failed=True)
+    try:
+        for uid in uids:
+            for name, doc in client["raw"][uid].documents():
+                callback(name, doc)
+            callback.wait()  # one run at a time: the queue is bounded, and archived documents come fast
+    finally:
+        callback.close()
     return callback.statistics
 
 
@@ -362,8 +448,8 @@ class _Deferred:
     attempts: int = 0
     not_before: float = 0.0
 
-    def again(self) -> int:
+    def again(self, longest: float) -> int:
         """Note a failed attempt and wait longer than the last time; returns the number of attempts."""
         self.attempts += 1
-        self.not_before = time.monotonic() + 0.1 * 3**self.attempts
+        self.not_before = time.monotonic() + min(0.1 * 3**self.attempts, longest)
         return self.attempts

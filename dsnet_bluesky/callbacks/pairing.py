@@ -109,7 +109,9 @@ class DirectBeams:
 
     def config_for(self, sample: Instrument) -> Config:
         """Return the configuration that is used for an instrument, whose wavelength spread counts where none is given."""
-        return self._config if self._config.wavelength_spread else replace(self._config, wavelength_spread=sample.wavelength_spread)
+        return (
+            self._config if self._config.wavelength_spread else replace(self._config, wavelength_spread=sample.wavelength_spread)
+        )
 
     def prepared(self, beam: DirectBeam, sample: Instrument) -> PreparedExposures:
         """Return the operator of a direct beam for samples exposed with an instrument; made once.

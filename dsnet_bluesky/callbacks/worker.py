@@ -23,6 +23,8 @@ class Worker:
         Called with each item. What it raises is logged, and the worker goes on.
     idle
         Called when the queue has run empty, and now and then while it stays so.
+    settled
+        Whether `idle` has nothing left to do.
     size
         Items that the queue holds.
     name
@@ -32,8 +34,11 @@ class Worker:
     period = 0.5
     """Seconds between two calls of `idle`."""
 
-    def __init__(self, handle: Callable[[Any], None], idle: Callable[[], None], *, size: int, name: str):
-        self._handle, self._idle = handle, idle
+    def __init__(
+        self, handle: Callable[[Any], None], idle: Callable[[], None], settled: Callable[[], bool], *, size: int, name: str
+    ):
+        self._handle, self._idle, self._settled = handle, idle, settled
+        self._deadline = 0.0
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=size)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -54,23 +59,29 @@ class Worker:
             return False
         return True
 
-    def wait(self, timeout: float | None, done: Callable[[], bool]) -> bool:
-        """Wait until every item is handled and `done` says so; False when the time is over."""
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until every item is handled and all is settled; False when the time is over."""
         end = None if timeout is None else time.monotonic() + timeout
-        while self.pending or not done():
+        while self.pending or not self._settled():
             if (end is not None and time.monotonic() > end) or not self._thread.is_alive():
                 return False
             time.sleep(0.01)
         return True
 
     def close(self, timeout: float) -> bool:
-        """Stop after the items in the queue; False if the thread still works after `timeout` seconds."""
+        """Stop when the queue is empty and all is settled; False if that takes longer than `timeout` seconds."""
+        self._deadline = time.monotonic() + timeout
         self._closing.set()
-        self._thread.join(timeout)
+        self._thread.join(timeout + self.period)  # it stops by itself at the deadline, unless an item holds it up
+        return not self._thread.is_alive() and self._settled()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the thread has come to its end."""
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while not (self._closing.is_set() and self._queue.empty()):
+        while self._goes_on():
             try:
                 item = self._queue.get(timeout=self.period if not self._closing.is_set() else 0.01)
             except queue.Empty:
@@ -80,6 +91,11 @@ class Worker:
             if self._queue.empty():
                 self._guard(self._idle)
             self._queue.task_done()
+
+    def _goes_on(self) -> bool:
+        if not self._closing.is_set() or not self._queue.empty():
+            return True
+        return not self._settled() and time.monotonic() < self._deadline
 
     def _guard(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
