@@ -8,6 +8,7 @@ any other error is a fault of ours and keeps its traceback.
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +55,16 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
+
+def _finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Take numbers that are numbers: nan and inf parse as floats too."""
+    if value is not None and not math.isfinite(value):
+        from .data import BadInput
+
+        raise BadInput(f"{param.opts[0]} is {value}; give a finite number.")
+    return value
+
+
 Uri = Annotated[str, typer.Option(envvar="TILED_URI", help="Address of the Tiled server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="TILED_API_KEY", help="Its API key.", show_default=False)]
 LOCAL = "http://127.0.0.1:8000"
@@ -78,10 +89,15 @@ def desmear(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method; repeatable.")
     ] = None,
-    slit_length: Annotated[float | None, typer.Option(help="HALF the slit length in 1/nm.", show_default=False)] = None,
-    slit_width: Annotated[float | None, typer.Option(help="HALF the slit width in 1/nm.", show_default=False)] = None,
+    slit_length: Annotated[
+        float | None, typer.Option(help="HALF the slit length in 1/nm.", show_default=False, callback=_finite)
+    ] = None,
+    slit_width: Annotated[
+        float | None, typer.Option(help="HALF the slit width in 1/nm.", show_default=False, callback=_finite)
+    ] = None,
     sigma: Annotated[
-        float | None, typer.Option(help="Standard deviation of a Gaussian in 1/nm, for all q.", show_default=False)
+        float | None,
+        typer.Option(help="Standard deviation of a Gaussian in 1/nm, for all q.", show_default=False, callback=_finite),
     ] = None,
     beam_profile: Annotated[
         Path | None, typer.Option(help="File of a measured slit-length profile: l in 1/nm, weight.", show_default=False)
@@ -105,7 +121,7 @@ def desmear(
     target = output or Path(f"{curve.stem}_desmeared.h5")
     export.check_target(target, overwrite=overwrite)
     if plot is not None:
-        _check_figure(plot, overwrite)
+        _check_figure(plot, target, overwrite)
     options = dict(_parse_option(text) for text in option or [])
     measured = read_curve(curve, units=q_units, entry=entry, sort=sort)
     smearing = smearing_for(measured, slit_length=slit_length, slit_width=slit_width, sigma=sigma, beam_profile=beam_profile)
@@ -165,9 +181,9 @@ def ingest(
     direct_beam: Annotated[
         str | None, typer.Option(metavar="UID", help="Run of the direct beam that belongs to it.", show_default=False)
     ] = None,
-    exposure_time: Annotated[float, typer.Option(help="In s.")] = 1.0,
-    monitor: Annotated[float, typer.Option(help="Monitor counts to divide by.")] = 1.0,
-    transmission: Annotated[float, typer.Option(help="Of the sample, to divide by.")] = 1.0,
+    exposure_time: Annotated[float, typer.Option(help="In s.", callback=_finite)] = 1.0,
+    monitor: Annotated[float, typer.Option(help="Monitor counts to divide by.", callback=_finite)] = 1.0,
+    transmission: Annotated[float, typer.Option(help="Of the sample, to divide by.", callback=_finite)] = 1.0,
     dataset: Annotated[str | None, typer.Option(help="Path of the images inside HDF5 files.", show_default=False)] = None,
     desmear: Annotated[bool, typer.Option("--desmear/--no-desmear", help="Desmear samples and store the results.")] = True,
     method: Annotated[str, typer.Option("--method", "-m", help="lake, wiener, map, ift or dsnet-paper.")] = "map",
@@ -176,7 +192,8 @@ def ingest(
 ) -> None:
     """Register detector files as Bluesky runs in the catalog, without copying them, and desmear samples.
 
-    Prints the runs' uids; what became of the results goes to stderr.
+    Prints the runs' uids; what became of the results goes to stderr. Blank and dark
+    runs are recorded, but nothing subtracts them yet.
     """
     from .ingest import ingest as ingest_files
 
@@ -313,12 +330,14 @@ def _check_device(device: str) -> None:
         raise BadInput(f"torch cannot use the device {device!r} ({reason}); try --device cpu.") from error
 
 
-def _check_figure(path: Path, overwrite: bool) -> None:
+def _check_figure(path: Path, curves: Path, overwrite: bool) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     from .data import BadInput
     from .export import check_target
 
+    if path.resolve() == curves.resolve():
+        raise BadInput(f"--plot and --output are one file, {path}; give them two names.")
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in kinds:
         raise BadInput(f"{path.name} is no kind of figure that can be written; end its name in one of {', '.join(kinds)}.")

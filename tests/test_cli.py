@@ -91,6 +91,9 @@ class TestStart:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stderr.strip() == "[]"
 
+    def test_help_says_what_is_not_subtracted(self, dsnet):
+        assert "subtracts them yet" in " ".join(dsnet("ingest", "--help").output.split())
+
     def test_version(self, dsnet):
         assert dsnet("--version").stdout.strip() == dsnet_bluesky.__version__
 
@@ -198,10 +201,29 @@ class TestBadInput:
         fails(*known, "--method", "magic", match="There is no method 'magic'; the methods are .*lake")
         fails(*known, "-o", "magic=1", match="map has no option magic; its options are")
         fails(*known, "-o", "magic", match="NAME=VALUE")
+        fails(*known, "-o", "weight=abc", match="map: weight is 'abc'; it takes a finite number or null")
+        fails(*known, "-o", "weight=NaN", match="weight is nan")
+        fails(*known, "-m", "lake", "-o", "iterations=1.5", match="iterations is 1.5; it takes a whole number or null")
         fails(*known, "--q-units", "furlong", match="1/nm or 1/angstrom")
         fails(*known, "--output", "nowhere/out.h5", match="nowhere is no folder")
         fails(*known, "--plot", "figure.xyz", match="end its name in one of .*png")
         fails("desmear", "curve.dat", "--beam-profile", "nothing.dat", match="no such file")
+
+    @pytest.mark.parametrize("option", ["--slit-length", "--slit-width", "--sigma"])
+    def test_numbers_that_are_none(self, fails, tmp_path, option):
+        write(tmp_path / "curve.dat", *smeared_curve())
+        for number in ("nan", "inf", "-inf"):
+            fails("desmear", "curve.dat", option, number, match=f"{option} is {number}; give a finite number")
+
+    def test_exposures_have_finite_numbers(self, fails):
+        known = ("ingest", "frame.edf", "--purpose", "sample", "--poni", "saxs.poni")
+        for option in ("--exposure-time", "--monitor", "--transmission"):
+            fails(*known, option, "nan", match=f"{option} is nan")
+
+    def test_figure_and_curves_in_one_file(self, fails, tmp_path):
+        write(tmp_path / "curve.dat", *smeared_curve())
+        names = ("--output", "x.png", "--plot", tmp_path / "x.png", "--overwrite")
+        fails("desmear", "curve.dat", "--sigma", 0.03, *names, match="--plot and --output are one file")
 
     def test_other_commands(self, fails, tmp_path):
         fails("serve", "nothing.yml", match=r"nothing\.yml does not exist")
