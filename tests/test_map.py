@@ -12,7 +12,8 @@ from scipy.optimize import curve_fit
 
 from dsnet_bluesky.data import BadInput, Flag, curve
 from dsnet_bluesky.desmearing import desmear, prepare
-from dsnet_bluesky.desmearing.map import MAP, _Bending, _Cholesky, _coordinate, _NormalMatrix, _Problem, _thinned
+from dsnet_bluesky.desmearing.kernels import thinned
+from dsnet_bluesky.desmearing.map import MAP, _Bending, _Cholesky, _coordinate, _NormalMatrix, _Problem
 from dsnet_bluesky.smearing import Smearing
 
 Q = 0.01 * np.arange(1, 502)
@@ -169,7 +170,7 @@ def test_no_node_is_left_out_that_the_operator_sees(kind):
     """A slit's edge is sharp, and a narrow PSF tells every point from the next."""
     q = np.linspace(0.01, 5, 900)
     operator = Smearing.slit(q, 1.0) if kind == "slit" else Smearing.gaussian(q, 0.008)
-    assert _thinned(operator).q_calc.size == operator.q_calc.size
+    assert thinned(operator).q_calc.size == operator.q_calc.size
 
 
 @pytest.mark.parametrize("options", [{"weight": 0.0}, {"student": -1.0}, {"tolerance": 0.0}])

@@ -8,7 +8,13 @@ from scipy.special import erfcx
 
 from dsnet_bluesky.smearing import Smearing
 
-__all__ = ["kernel_widths", "positive_mean", "straightened", "widths_below"]
+__all__ = ["kernel_widths", "positive_mean", "straightened", "thinned", "widths_below"]
+
+FULL_GRID = 800
+"""Up to so many nodes q_calc is used as it is."""
+
+NODES_PER_WIDTH = 5.0
+"""What a longer q_calc is thinned to: nodes in one standard deviation of the operator."""
 
 
 def kernel_widths(kernels: NDArray, q_calc: NDArray) -> NDArray:
@@ -60,6 +66,24 @@ def widths_below(smearing: Smearing) -> NDArray:
     """
     below = np.minimum(smearing.q_calc - smearing.q[:, None], 0.0)
     return np.sqrt(2 * np.sum(smearing.matrix * below**2, axis=1))
+
+
+def thinned(smearing: Smearing) -> Smearing:
+    """Leave out nodes of q_calc that the operator cannot tell from their neighbours, if there are many.
+
+    Between the nodes that stay a curve is straight. An operator of up to `FULL_GRID`
+    nodes is returned as it is.
+    """
+    nodes = smearing.q_calc
+    if nodes.size <= FULL_GRID:
+        return smearing
+    step = np.diff(nodes)
+    width = np.interp((nodes[1:] + nodes[:-1]) / 2, smearing.q, widths_below(smearing))
+    count = np.concatenate([[0.0], np.cumsum(step / np.maximum(step, width / NODES_PER_WIDTH))])
+    kept = np.searchsorted(count, np.arange(count[-1]) - 1e-9)
+    thin = nodes[np.append(kept[kept < nodes.size - 1], nodes.size - 1)]
+    hats = np.array([np.interp(nodes, thin, row) for row in np.eye(thin.size)]).T
+    return Smearing(smearing.q, thin, smearing.matrix @ hats, kind=smearing.kind)
 
 
 def straightened(smearing: Smearing, curves: NDArray) -> NDArray:

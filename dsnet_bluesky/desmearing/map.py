@@ -16,7 +16,7 @@ from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.smearing import Smearing
 
 from . import Solution
-from .kernels import kernel_widths, widths_below
+from .kernels import kernel_widths, thinned
 from .tails import Tails
 
 __all__ = ["MAP"]
@@ -35,12 +35,6 @@ DAMPING = 1e-9
 
 GIVE_UP = 1e8
 """Damping at which no step helps any more."""
-
-FULL_GRID = 800
-"""Up to so many nodes q_calc is used as it is."""
-
-NODES_PER_WIDTH = 5.0
-"""What a longer q_calc is thinned to: nodes in one standard deviation of the operator."""
 
 BUDGET = 5
 """Iterations for all weights of a curve together, in units of the limit for one."""
@@ -103,7 +97,7 @@ class MAP:
         for name, value in {"weight": weight, "student": student, "tolerance": tolerance}.items():
             if value is not None and not value > 0:
                 raise BadInput(f"{name} is {value}; it must be positive.")
-        self.smearing = _thinned(smearing)
+        self.smearing = thinned(smearing)
         self._q_calc = smearing.q_calc
         self.weight = weight
         self.student = student
@@ -261,20 +255,6 @@ class _Problem:
 
 def _bounded(step: NDArray) -> NDArray:
     return step * min(1.0, STEP_LIMIT / max(float(np.abs(step).max()), STEP_LIMIT))
-
-
-def _thinned(smearing: Smearing) -> Smearing:
-    """Leave out nodes that the operator cannot tell from their neighbours, if there are many."""
-    nodes = smearing.q_calc
-    if nodes.size <= FULL_GRID:
-        return smearing
-    step = np.diff(nodes)
-    width = np.interp((nodes[1:] + nodes[:-1]) / 2, smearing.q, widths_below(smearing))
-    count = np.concatenate([[0.0], np.cumsum(step / np.maximum(step, width / NODES_PER_WIDTH))])
-    kept = np.searchsorted(count, np.arange(count[-1]) - 1e-9)
-    thin = nodes[np.append(kept[kept < nodes.size - 1], nodes.size - 1)]
-    hats = np.array([np.interp(nodes, thin, row) for row in np.eye(thin.size)]).T
-    return Smearing(smearing.q, thin, smearing.matrix @ hats, kind=smearing.kind)
 
 
 class _NormalMatrix:
