@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from dsnet_bluesky.pipeline import Config, PreparedExposures
 
 from .exposures import ExposureRouter, exposures_of_documents
 from .pairing import DirectBeam, DirectBeams, summed
-from .worker import Worker
+from .worker import Deferred, Worker
 
 __all__ = ["DesmearCallback", "Statistics", "desmear_runs"]
 
@@ -143,7 +142,7 @@ class DesmearCallback:
         self._open: dict[str, None] = {}
         self._put_off: dict[str, None] = {}
         self._ended: deque[str] = deque()
-        self._later: dict[tuple[str, str], _Deferred] = {}
+        self._later: dict[tuple[str, str], Deferred] = {}
         self._worker = Worker(self._handle, self._catch_up, self._settled, size=queue_size, name="desmear")
         atexit.register(self._at_exit)
 
@@ -207,7 +206,7 @@ class DesmearCallback:
             logger.debug("A %s document of an unknown run; its run is done from the catalog.", name)
             if name == "stop":
                 self._put_off[doc["run_start"]] = None
-                self._later.setdefault(("run", doc["run_start"]), _Deferred())
+                self._later.setdefault(("run", doc["run_start"]), Deferred())
             return
         if name == "stop":
             self._stop(doc["run_start"])
@@ -220,7 +219,7 @@ class DesmearCallback:
             logger.warning("The catalog does not answer (%s); run %s is put off.", error, run_uid)
             self._put_off[run_uid] = None
         if run_uid in self._put_off:
-            self._later.setdefault(("run", run_uid), _Deferred())
+            self._later.setdefault(("run", run_uid), Deferred())
 
     def _take(self, exposure: Exposure) -> None:
         """Handle an exposure of a live run."""
@@ -332,7 +331,7 @@ class DesmearCallback:
 
     def _finish(self, run_uid: str) -> None:
         """Complete the result of a run that has stopped; what is served of the run is registered when it is quiet."""
-        self._later[("served", run_uid)] = _Deferred()
+        self._later[("served", run_uid)] = Deferred()
         work = self._work.get(run_uid)
         if work is None:
             return
@@ -346,10 +345,10 @@ class DesmearCallback:
     def _catch_up(self) -> None:
         """Do what was put off: runs that have ended, from the catalog, and the registration of what is served."""
         while self._ended:
-            self._later.setdefault(("run", self._ended[0]), _Deferred())
+            self._later.setdefault(("run", self._ended[0]), Deferred())
             self._ended.popleft()  # last, so that `_settled` never misses it
         for (what, run_uid), deferred in list(self._later.items()):
-            if time.monotonic() < deferred.not_before:
+            if not deferred.due:
                 continue
             done = self._attempt(what, run_uid, patient=deferred.attempts + 1 < READ_ATTEMPTS)
             if not done and deferred.again(self._retry_interval) >= ATTEMPTS:
@@ -439,17 +438,3 @@ def desmear_runs(client: Any, uids: Iterable[str], *, config: Config | None = No
     finally:
         callback.close()
     return callback.statistics
-
-
-@dataclass
-class _Deferred:
-    """How often something was tried, and when it is tried next."""
-
-    attempts: int = 0
-    not_before: float = 0.0
-
-    def again(self, longest: float) -> int:
-        """Note a failed attempt and wait longer than the last time; returns the number of attempts."""
-        self.attempts += 1
-        self.not_before = time.monotonic() + min(0.1 * 3**self.attempts, longest)
-        return self.attempts

@@ -1,4 +1,4 @@
-"""A thread that takes work from a bounded queue, so that whoever offers it never waits."""
+"""A thread that takes work from a bounded queue, so that whoever offers it never waits, and what it tries again later."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Worker"]
+__all__ = ["Deferred", "Worker"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,3 +103,22 @@ class Worker:
             function(*arguments)
         except Exception:
             logger.exception("An error that nothing was prepared for; the worker goes on.")
+
+
+@dataclass
+class Deferred:
+    """How often something was tried, and when it is tried next."""
+
+    attempts: int = 0
+    not_before: float = 0.0
+
+    def again(self, longest: float) -> int:
+        """Note a failed attempt and wait longer than the last time; returns the number of attempts."""
+        self.attempts += 1
+        self.not_before = time.monotonic() + min(0.1 * 3**self.attempts, longest)
+        return self.attempts
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for the next attempt."""
+        return time.monotonic() >= self.not_before
