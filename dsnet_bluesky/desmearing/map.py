@@ -99,6 +99,8 @@ class MAP:
                 raise BadInput(f"{name} is {value}; it must be positive.")
         self.smearing = thinned(smearing)
         self._q_calc = smearing.q_calc
+        # u counts measured steps; the weight of one curve grows with the cube of their number.
+        self._first_weight = 100.0 * (smearing.q_calc.size / self.smearing.q_calc.size) ** 3
         self.weight = weight
         self.student = student
         self.maximum_iterations = maximum_iterations
@@ -120,7 +122,7 @@ class MAP:
 
     def _solve(self, measured: NDArray, sigma: NDArray) -> _Answer:
         problem = _Problem(self, measured, sigma)
-        point = problem.minimise(self._start(measured, sigma), self.weight or 100.0)
+        point = problem.minimise(self._start(measured, sigma), self.weight or self._first_weight)
         if self.weight is None:
             point = _most_evident(problem, point)
         return problem.describe(point)
