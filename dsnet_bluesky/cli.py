@@ -303,11 +303,10 @@ def _desmear_runs(client: Any, uids: list[str], method: str) -> None:
     from .callbacks.desmear import desmear_runs
     from .pipeline import Config
 
-    config = Config(method=method)
-    desmear_runs(client, uids, config=config)
+    desmear_runs(client, uids, config=Config(method=method))
     failed = False
     for uid in uids:
-        found = client["desmeared"].search(Key("raw_uid") == uid).search(Key("config_sha256") == config.sha256)
+        found = client["desmeared"].search(Key("raw_uid") == uid).search(Key("method") == method)
         for result in found.values():
             metadata = result.metadata
             failed |= metadata["status"] != "complete" or bool(metadata["failures"])

@@ -23,14 +23,33 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ive, ndtr
+from scipy.special import ive
 
-from .data import BadInput
+from dsnet_bluesky.data import BadInput
+
+from .hats import (
+    Floats,
+    bins_of,
+    blocks,
+    close_rows,
+    extend,
+    frozen,
+    grid,
+    hats,
+    length_profile,
+    locate,
+    midpoints,
+    normal_hats,
+    positive,
+    q_of,
+    quadrature,
+    sample_bins,
+    slit_hats,
+)
 
 __all__ = ["Smearing", "extend"]
 
 T = TypeVar("T")
-Floats = NDArray[np.floating[Any]]
 
 GAUSSIAN_REACH = 5.0
 """How far, in standard deviations, `q_calc` reaches beyond `q` for Gaussian kernels."""
@@ -59,9 +78,9 @@ class Smearing:
     """
 
     def __init__(self, q: ArrayLike, q_calc: ArrayLike, matrix: ArrayLike, *, kind: str = "matrix", **parameters: Any) -> None:
-        self.q = _grid(q, "q")
-        self.q_calc = _grid(q_calc, "q_calc")
-        self.matrix = _frozen(matrix)
+        self.q = grid(q, "q")
+        self.q_calc = grid(q_calc, "q_calc")
+        self.matrix = frozen(matrix)
         if self.matrix.shape != (self.q.size, self.q_calc.size):
             raise BadInput(f"The matrix has shape {self.matrix.shape}; q and q_calc ask for ({self.q.size}, {self.q_calc.size}).")
         if not np.isfinite(self.matrix).all():
@@ -106,7 +125,7 @@ class Smearing:
     def at_q(self, I: ArrayLike) -> Floats:
         """Interpolate curves on `q_calc`, shape (..., m), to `q`, shape (..., n), linearly as R does."""
         values = np.asarray(I, dtype=float)
-        index, fraction = _locate(self.q, self.q_calc)
+        index, fraction = locate(self.q, self.q_calc)
         return values[..., index] * (1 - fraction) + values[..., index + 1] * fraction
 
     @cached_property
@@ -163,7 +182,7 @@ class Smearing:
     @classmethod
     def identity(cls, q: ArrayLike) -> Smearing:
         """No smearing at all, q_calc = q."""
-        q = _grid(q, "q")
+        q = grid(q, "q")
         return cls(q, q, np.eye(q.size), kind="identity")
 
     @classmethod
@@ -181,8 +200,8 @@ class Smearing:
         q_calc
             Grid of the unsmeared curve; by default `q` extended by 5 sigma.
         """
-        q = _grid(q, "q")
-        _positive(sigma, "sigma")
+        q = grid(q, "q")
+        positive(sigma, "sigma")
         return cls._from_normal(q, np.full(q.size, float(sigma)), q_calc, kind="gaussian", sigma=float(sigma))
 
     @classmethod
@@ -198,7 +217,7 @@ class Smearing:
         q_calc
             Grid of the unsmeared curve; by default `q` extended by 5 dq.
         """
-        q = _grid(q, "q")
+        q = grid(q, "q")
         try:
             sigma = np.broadcast_to(np.asarray(dq, dtype=float), q.shape)
         except ValueError:
@@ -213,13 +232,13 @@ class Smearing:
         nodes = (
             extend(q, float((reach - (q - q[0])).max()), float((reach - (q[-1] - q)).max()))
             if q_calc is None
-            else _grid(q_calc, "q_calc")
+            else grid(q_calc, "q_calc")
         )
         # The curve is even in q: what the kernel puts below zero is found at |q|.
-        matrix = _normal_hats(q, widths, nodes) + _normal_hats(-q, widths, nodes)
+        matrix = normal_hats(q, widths, nodes) + normal_hats(-q, widths, nodes)
         sharp = widths == 0
-        matrix[sharp] = _hats(q[sharp, None], np.ones((int(sharp.sum()), 1)), nodes)
-        return cls(q, nodes, _close_rows(matrix), **attributes)
+        matrix[sharp] = hats(q[sharp, None], np.ones((int(sharp.sum()), 1)), nodes)
+        return cls(q, nodes, close_rows(matrix), **attributes)
 
     @classmethod
     def rice(cls, q: ArrayLike, sigma: float, *, q_calc: ArrayLike | None = None) -> Smearing:
@@ -237,14 +256,14 @@ class Smearing:
         q_calc
             Grid of the unsmeared curve; by default `q` extended by 5 sigma.
         """
-        q = _grid(q, "q")
-        _positive(sigma, "sigma")
+        q = grid(q, "q")
+        positive(sigma, "sigma")
         reach = GAUSSIAN_REACH * sigma
-        nodes = extend(q, reach, reach) if q_calc is None else _grid(q_calc, "q_calc")
-        x, w = _quadrature(nodes, sigma)
+        nodes = extend(q, reach, reach) if q_calc is None else grid(q_calc, "q_calc")
+        x, w = quadrature(nodes, sigma)
         density = x / sigma**2 * np.exp(-((q[:, None] - x) ** 2) / (2 * sigma**2)) * ive(0, q[:, None] * x / sigma**2)
         return cls(
-            q, nodes, _close_rows(_hats(np.broadcast_to(x, density.shape), density * w, nodes)), kind="rice", sigma=float(sigma)
+            q, nodes, close_rows(hats(np.broadcast_to(x, density.shape), density * w, nodes)), kind="rice", sigma=float(sigma)
         )
 
     @classmethod
@@ -268,19 +287,19 @@ class Smearing:
         azimuths
             Midpoints in phi for each ring.
         """
-        q = _grid(q, "q")
+        q = grid(q, "q")
         rho, p = np.asarray(rho, dtype=float), np.asarray(p, dtype=float)
         if rho.shape != p.shape or rho.ndim != 1 or not p.sum() > 0 or (rho < 0).any():
             raise BadInput("rho and p must be one-dimensional and of one length, rho >= 0 and the sum of p positive.")
         rho, weight = rho[p != 0], p[p != 0] / p.sum()
-        nodes = extend(q, float(rho.max()), float(rho.max())) if q_calc is None else _grid(q_calc, "q_calc")
+        nodes = extend(q, float(rho.max()), float(rho.max())) if q_calc is None else grid(q_calc, "q_calc")
         cosine = np.cos((np.arange(azimuths) + 0.5) * np.pi / azimuths)
         weights = np.repeat(weight / azimuths, azimuths)
         matrix = np.empty((q.size, nodes.size))
-        for rows in _blocks(q.size, weights.size):
+        for rows in blocks(q.size, weights.size):
             square = q[rows, None, None] ** 2 + rho[:, None] ** 2 - 2 * q[rows, None, None] * rho[:, None] * cosine
             points = np.sqrt(np.maximum(square, 0)).reshape(-1, weights.size)
-            matrix[rows] = _hats(points, np.broadcast_to(weights, points.shape), nodes)
+            matrix[rows] = hats(points, np.broadcast_to(weights, points.shape), nodes)
         return cls(q, nodes, matrix, kind="rings", rms_radius=float(np.sqrt(weight @ rho**2)))
 
     @classmethod
@@ -313,23 +332,23 @@ class Smearing:
         q_calc
             Grid of the unsmeared curve; by default `q` extended by what the slit reaches.
         """
-        q = _grid(q, "q")
+        q = grid(q, "q")
         if not (0 <= width < np.inf and 0 <= length < np.inf) or (profile is None and length == 0 and width == 0):
             raise BadInput(
                 f"A slit of half-length {length} and half-width {width} 1/nm does not smear; both must be >= 0, one > 0."
             )
-        edges, density = _length_profile(length, profile)
+        edges, density = length_profile(length, profile)
         reach = float(edges[-1])
         nodes = (
             extend(q, min(width, q[0]), float(np.hypot(q[-1] + width, reach) - q[-1]))
             if q_calc is None
-            else _grid(q_calc, "q_calc")
+            else grid(q_calc, "q_calc")
         )
-        centres = np.abs(q[:, None] + width * _midpoints(33)) if width else q[:, None]
+        centres = np.abs(q[:, None] + width * midpoints(33)) if width else q[:, None]
         matrix = np.zeros((q.size, nodes.size))
         for column in centres.T:
-            matrix += _slit_hats(column, edges, density, nodes) / centres.shape[1]
-        return cls(q, nodes, _close_rows(matrix), kind="slit", length=reach, width=float(width))
+            matrix += slit_hats(column, edges, density, nodes) / centres.shape[1]
+        return cls(q, nodes, close_rows(matrix), kind="slit", length=reach, width=float(width))
 
     @classmethod
     def wavelength(cls, q: ArrayLike, spread: float, *, q_calc: ArrayLike | None = None) -> Smearing:
@@ -346,8 +365,8 @@ class Smearing:
         q_calc
             Grid of the unsmeared curve; by default `q` extended by 5 spreads.
         """
-        q = _grid(q, "q")
-        _positive(spread, "spread")
+        q = grid(q, "q")
+        positive(spread, "spread")
         if not spread < 0.2:
             raise BadInput(
                 f"A wavelength spread of {spread:g} is not small; give the standard deviation as a fraction, e.g. 0.01."
@@ -358,9 +377,9 @@ class Smearing:
         nodes = (
             extend(q, float(q[0] - points[0].min()), float(points[-1].max() - q[-1]))
             if q_calc is None
-            else _grid(q_calc, "q_calc")
+            else grid(q_calc, "q_calc")
         )
-        matrix = _hats(points, np.broadcast_to(weight / weight.sum(), points.shape), nodes)
+        matrix = hats(points, np.broadcast_to(weight / weight.sum(), points.shape), nodes)
         return cls(q, nodes, matrix, kind="wavelength", spread=float(spread))
 
     @classmethod
@@ -416,24 +435,24 @@ class Smearing:
         BadInput
             If a bin holds no pixel, or the beam no intensity.
         """
-        q = _grid(q, "q")
+        q = grid(q, "q")
         beam = np.where(np.isfinite(beam), beam, 0.0)
         if not beam.sum() > 0:
             raise BadInput("The direct beam holds no intensity; check its exposure and mask.")
         by, bx = np.meshgrid(np.asarray(beam_y, dtype=float), np.asarray(beam_x, dtype=float), indexing="ij")
         keep = beam != 0
         by, bx, weight = by[keep], bx[keep], beam[keep] / beam.sum()
-        reach = float(_q_of(np.hypot(by, bx).max() ** 2, distance, wavelength))
-        nodes = extend(q, reach, reach) if q_calc is None else _grid(q_calc, "q_calc")
-        bins = _bins_of(q, _q_of(y**2 + x**2, distance, wavelength)) if bins is None else np.asarray(bins)
+        reach = float(q_of(np.hypot(by, bx).max() ** 2, distance, wavelength))
+        nodes = extend(q, reach, reach) if q_calc is None else grid(q_calc, "q_calc")
+        bins = bins_of(q, q_of(y**2 + x**2, distance, wavelength)) if bins is None else np.asarray(bins)
         if mask is not None:
             bins = np.where(mask, -1, bins)
-        pixel_y, pixel_x, rows = _sample_bins(q, y, x, bins, per_bin)
+        pixel_y, pixel_x, rows = sample_bins(q, y, x, bins, per_bin)
         share = (1.0 / np.bincount(rows, minlength=q.size))[rows]
         offset = rows * nodes.size
         flat = np.zeros(q.size * nodes.size)
         for dy, dx, w in zip(by, bx, weight, strict=True):
-            index, fraction = _locate(_q_of((pixel_y - dy) ** 2 + (pixel_x - dx) ** 2, distance, wavelength), nodes)
+            index, fraction = locate(q_of((pixel_y - dy) ** 2 + (pixel_x - dx) ** 2, distance, wavelength), nodes)
             index += offset
             right = fraction * (share * w)
             flat += np.bincount(index, share * w - right, minlength=flat.size)
@@ -441,212 +460,3 @@ class Smearing:
         return cls(
             q, nodes, flat.reshape(q.size, nodes.size), kind="pixel_coverage", per_bin=per_bin, beam_pixels=int(weight.size)
         )
-
-
-def extend(q: ArrayLike, below: float, above: float) -> Floats:
-    """Extend a grid on both sides so that `q` stays part of it.
-
-    The spacing goes on as it was at each end; far out (beyond 200 steps) it widens.
-    The grid never goes below zero, and holds zero where it would.
-
-    Parameters
-    ----------
-    q
-        Ascending grid in 1/nm, shape (n,).
-    below, above
-        How far to go beyond the first and the last point, in 1/nm.
-
-    Returns
-    -------
-    ndarray
-        The extended grid, which contains every point of `q`.
-    """
-    q = np.asarray(q, dtype=float)
-    spacing = np.diff(q)
-    step = float(np.median(spacing[:5]))
-    low = q[0] - _march(step, below)[::-1]
-    if low.size and low[0] < 0.1 * step:
-        low = np.append(0.0, low[low >= 0.1 * step])
-    return np.concatenate([low[low < q[0]], q, q[-1] + _march(float(np.median(spacing[-5:])), above)])
-
-
-def _march(step: float, reach: float) -> Floats:
-    """Distances step, 2 step ... that just pass `reach`; they widen after 200 steps."""
-    if reach <= 1e-9 * step:
-        return np.empty(0)
-    uniform = step * np.arange(1, min(int(np.ceil(reach / step - 1e-9)), 200) + 1)
-    if uniform[-1] >= reach * (1 - 1e-12):
-        return uniform
-    count = int(np.ceil(np.log(reach / uniform[-1]) / np.log(1.03)))
-    return np.concatenate([uniform, uniform[-1] * 1.03 ** np.arange(1, count + 1)])
-
-
-def _grid(values: ArrayLike, name: str) -> Floats:
-    grid = _frozen(values)
-    if grid.ndim != 1 or grid.size < 2:
-        raise BadInput(f"{name} must be one-dimensional with at least two points; it has shape {grid.shape}.")
-    if not np.isfinite(grid).all() or grid[0] < 0 or not (np.diff(grid) > 0).all():
-        raise BadInput(f"{name} must be finite, not negative and strictly ascending; sort the points and merge repeated ones.")
-    return grid
-
-
-def _frozen(values: ArrayLike) -> Floats:
-    array = np.array(values, dtype=float)
-    array.setflags(write=False)
-    return array
-
-
-def _positive(value: float, name: str) -> None:
-    if not (np.isfinite(value) and value > 0):
-        raise BadInput(f"{name} is {value}; it must be positive.")
-
-
-def _blocks(rows: int, columns: int, entries: int = 2_000_000) -> list[slice]:
-    """Slices of rows that keep a (rows, columns) work array below `entries`."""
-    size = max(1, entries // max(columns, 1))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def _locate(points: Floats, nodes: Floats) -> tuple[NDArray[np.intp], Floats]:
-    """Index of the node to the left of each point and the fraction of the way to the next, clamped."""
-    step = (nodes[-1] - nodes[0]) / (nodes.size - 1)
-    if np.allclose(np.diff(nodes), step, rtol=1e-6, atol=0):
-        position = np.clip((points - nodes[0]) / step, 0, nodes.size - 1)
-        index = np.minimum(position.astype(np.intp), nodes.size - 2)
-        return index, position - index
-    inside = np.clip(points, nodes[0], nodes[-1])
-    index = np.clip(np.searchsorted(nodes, inside, side="right") - 1, 0, nodes.size - 2)
-    return index, (inside - nodes[index]) / (nodes[index + 1] - nodes[index])
-
-
-def _hats(points: Floats, weights: Floats, nodes: Floats) -> Floats:
-    """Matrix of ``sum_k weights_ik hat_j(points_ik)``, shape (n, m)."""
-    rows, size = points.shape[0], nodes.size
-    index, fraction = _locate(points, nodes)
-    index = (index + size * np.arange(rows)[:, None]).ravel()
-    right = (weights * fraction).ravel()
-    left = weights.ravel() - right
-    flat: Any = np.bincount(index, left, minlength=rows * size) + np.bincount(index + 1, right, minlength=rows * size)
-    return flat.reshape(rows, size)
-
-
-def _from_moments(zeroth: Floats, first: Floats, nodes: Floats) -> Floats:
-    """Hat weights from the moments of a kernel over each interval, shapes (n, m - 1)."""
-    step = np.diff(nodes)
-    matrix = np.zeros((zeroth.shape[0], nodes.size))
-    matrix[:, :-1] += (nodes[1:] * zeroth - first) / step
-    matrix[:, 1:] += (first - nodes[:-1] * zeroth) / step
-    return matrix
-
-
-def _normal_hats(centre: Floats, sigma: Floats, nodes: Floats) -> Floats:
-    """Integrate hats under normal densities over q' >= 0; rows with sigma = 0 mean nothing."""
-    scale = np.where(sigma > 0, sigma, 1.0)[:, None]
-    z = (nodes - centre[:, None]) / scale
-    cumulative = ndtr(z)
-    density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
-    zeroth = np.diff(cumulative, axis=1)
-    first = centre[:, None] * zeroth - scale * np.diff(density, axis=1)
-    matrix = _from_moments(zeroth, first, nodes)
-    matrix[:, 0] += cumulative[:, 0] - ndtr(-centre[:, None] / scale)[:, 0]
-    matrix[:, -1] += 1 - cumulative[:, -1]
-    return matrix
-
-
-def _quadrature(nodes: Floats, scale: float) -> tuple[Floats, Floats]:
-    """Gauss-Legendre points and weights from 0 to the last node, fine against `scale`."""
-    edges = np.unique(np.concatenate([[0.0], nodes]))
-    pieces = np.maximum(np.ceil(np.diff(edges) / scale).astype(int), 1)
-    fine = np.concatenate([np.linspace(a, b, n, endpoint=False) for a, b, n in zip(edges[:-1], edges[1:], pieces, strict=True)])
-    fine = np.append(fine, edges[-1])
-    x, w = np.polynomial.legendre.leggauss(8)
-    half = np.diff(fine)[:, None] / 2
-    return ((fine[:-1, None] + half) + half * x).ravel(), (half * w).ravel()
-
-
-def _close_rows(matrix: Floats) -> Floats:
-    """Give what a kernel leaves beyond the last node to that node: rows then sum to one."""
-    rest = 1 - matrix.sum(axis=1)
-    assert rest.min() > -1e-6, "a kernel holds more than its whole weight"
-    matrix[:, -1] += rest
-    return matrix
-
-
-def _midpoints(count: int) -> Floats:
-    """Midpoints of `count` equal parts of [-1, 1]."""
-    return (2 * np.arange(count) + 1) / count - 1
-
-
-def _length_profile(length: float, profile: tuple[ArrayLike, ArrayLike] | None) -> tuple[Floats, Floats]:
-    """Edges of cells in |l|, shape (k + 1,), and the weight per length in each, shape (k,)."""
-    if profile is None:
-        return np.array([0.0, length]), np.array([1.0 / length if length else np.inf])
-    l, p = (np.asarray(v, dtype=float) for v in profile)
-    if l.ndim != 1 or l.shape != p.shape or l.size < 2 or not (np.diff(l) > 0).all():
-        raise BadInput("A slit-length profile needs two columns of one length: l ascending in 1/nm, and its weight.")
-    edges = np.linspace(0, np.abs(l).max(), 401)
-    centre = (edges[1:] + edges[:-1]) / 2
-    density = np.interp(centre, l, p, left=0, right=0) + np.interp(-centre, l, p, left=0, right=0)
-    total = float(density @ np.diff(edges))
-    if not total > 0:
-        raise BadInput("The slit-length profile has no weight.")
-    return edges, density / total
-
-
-def _slit_hats(q: Floats, edges: Floats, density: Floats, nodes: Floats) -> Floats:
-    """Integrate hats along a slit: ``sum_k density_k int_{edges_k}^{edges_k+1} hat(sqrt(q^2 + l^2)) dl``."""
-    if edges[-1] == 0:
-        return _hats(q[:, None], np.ones((q.size, 1)), nodes)
-    if density.size == 1:
-        return density[0] * _slit_integral(q, float(edges[-1]), nodes)
-    x, w = np.polynomial.legendre.leggauss(4)
-    half = np.diff(edges)[:, None] / 2
-    l, weight = (edges[:-1, None] + half + half * x).ravel(), (density[:, None] * half * w).ravel()
-    points = np.hypot(q[:, None], l)
-    return _hats(points, np.broadcast_to(weight, points.shape), nodes)
-
-
-def _slit_integral(q: Floats, length: float, nodes: Floats) -> Floats:
-    """``int_0^length hat_j(sqrt(q^2 + l^2)) dl``, shape (n, m), in closed form.
-
-    With Q = sqrt(q^2 + l^2), dl = Q dQ / l; the moments over an interval of Q are
-    differences of l and of (Q l + q^2 ln(Q + l)) / 2.
-    """
-    column = q[:, None]
-    Q = np.clip(nodes, column, np.hypot(column, length))
-    l = np.sqrt(np.maximum(Q**2 - column**2, 0))
-    log = np.log(np.maximum(Q + l, np.finfo(float).tiny))
-    zeroth = np.diff(l, axis=1)
-    first = np.diff((Q * l + column**2 * log) / 2, axis=1)
-    matrix = _from_moments(zeroth, first, nodes)
-    matrix[:, 0] += l[:, 0]
-    matrix[:, -1] += length - l[:, -1]
-    return matrix
-
-
-def _q_of(radius_squared: Any, distance: float, wavelength: float) -> Any:
-    """``q = 4 pi / wavelength sin(theta / 2)`` from the squared radius on the detector, without trigonometry."""
-    cosine = distance / np.sqrt(radius_squared + distance**2)
-    return 4 * np.pi / wavelength * np.sqrt(np.maximum(0.5 * (1 - cosine), 0))
-
-
-def _bins_of(q: Floats, values: Floats) -> NDArray[np.intp]:
-    """Index of the bin that each value lies in, -1 outside; edges half-way between the centres."""
-    edges = np.concatenate([[1.5 * q[0] - 0.5 * q[1]], (q[1:] + q[:-1]) / 2, [1.5 * q[-1] - 0.5 * q[-2]]])
-    index = np.searchsorted(edges, values, side="right") - 1
-    return np.where(index < q.size, index, -1)
-
-
-def _sample_bins(q: Floats, y: NDArray, x: NDArray, bins: NDArray, per_bin: int) -> tuple[Floats, Floats, NDArray[np.intp]]:
-    """Take up to `per_bin` pixels of each bin, evenly in azimuth: their y, x and bin."""
-    keep = bins >= 0
-    y, x, bins = np.asarray(y, dtype=float)[keep], np.asarray(x, dtype=float)[keep], bins[keep]
-    order = np.lexsort((np.arctan2(y, x), bins))
-    start = np.searchsorted(bins[order], np.arange(q.size + 1))
-    count = np.diff(start)
-    if (count == 0).any():
-        empty = q[count == 0]
-        raise BadInput(f"{empty.size} q bins hold no unmasked pixel (first at {empty[0]:.4g} 1/nm); leave them out of q.")
-    picks = [s + (np.arange(min(n, per_bin)) + 0.5) * n / min(n, per_bin) for s, n in zip(start[:-1], count, strict=True)]
-    chosen = order[np.concatenate(picks).astype(np.intp)]
-    return y[chosen], x[chosen], bins[chosen]

@@ -1,0 +1,182 @@
+"""Geometry, masks and what a detector's pixels can say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fabio
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from pyFAI.integrator.azimuthal import AzimuthalIntegrator
+from pyFAI.io.ponifile import PoniFile
+
+from dsnet_bluesky.data import BadInput
+
+CENTRE_TOLERANCE = 5e-3
+"""In m: a direct beam farther than this from the poni's centre means that one of them is wrong."""
+
+PILATUS_CEILING = 2**20 - 1
+
+
+def load_poni(path: str | Path) -> dict[str, Any]:
+    """Read a .poni file.
+
+    Raises
+    ------
+    BadInput
+        If the file is missing or is no geometry that pyFAI understands.
+    """
+    try:
+        return dict(PoniFile(str(path)).as_dict())
+    except Exception as error:
+        # pyFAI raises many kinds here: every one means that this is no geometry.
+        raise BadInput(f"{path} is not a .poni file that pyFAI can read ({type(error).__name__}: {error}).") from error
+
+
+def load_mask(path: str | Path) -> NDArray[np.bool_]:
+    """Read a mask (anything fabio reads, or .npy); non-zero pixels do not count.
+
+    Raises
+    ------
+    BadInput
+        If the file cannot be read.
+    """
+    try:
+        if Path(path).suffix == ".npy":
+            return np.load(path).astype(bool)
+        with fabio.open(str(path)) as image:
+            return np.asarray(image.data).astype(bool)
+    except Exception as error:
+        raise BadInput(f"The mask {path} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def integrator(poni: Mapping[str, Any]) -> Any:
+    """Build pyFAI's azimuthal integrator of a geometry.
+
+    Raises
+    ------
+    BadInput
+        If the geometry lacks a detector, a wavelength or a positive distance.
+    """
+    try:
+        file = PoniFile(dict(poni))
+        angles = (file.rot1, file.rot2, file.rot3)
+        ai: Any = AzimuthalIntegrator(
+            file.dist, file.poni1, file.poni2, *angles, detector=file.detector, wavelength=file.wavelength
+        )
+    except Exception as error:
+        raise BadInput(f"The geometry (poni) is not one that pyFAI understands ({type(error).__name__}: {error}).") from error
+    ai.auto_gc = False  # it collects garbage at every change otherwise, as pyFAI.load does: 0.3 s in a large process
+    if not ai.wavelength or not 1e-12 < ai.wavelength < 1e-8:
+        raise BadInput(f"The geometry (poni) gives the wavelength as {ai.wavelength} m; put the right one, in metres, into it.")
+    if not ai.dist > 0:
+        raise BadInput(f"The geometry (poni) gives the distance as {ai.dist} m; it must be positive.")
+    if ai.detector.shape is None:
+        raise BadInput("The geometry (poni) names no detector with a known shape; name one (pyFAI-detectors lists them).")
+    return ai
+
+
+def counts_ceiling(dtype: np.dtype, detector_name: str) -> float:
+    """Return the largest value a pixel can hold: a pixel that shows it is not counting.
+
+    Floats are no counters: they hold sums or processed frames, without a ceiling.
+    """
+    if not np.issubdtype(dtype, np.integer):
+        return np.inf
+    return float(PILATUS_CEILING if "pilatus" in detector_name.lower() else np.iinfo(dtype).max)
+
+
+def invalid_pixels(frames: NDArray, detector_name: str) -> NDArray[np.bool_]:
+    """Find pixels that hold no count: NaN, negative (gaps) or at the counter's ceiling."""
+    return ~np.isfinite(frames) | (frames < 0) | (frames >= counts_ceiling(frames.dtype, detector_name))
+
+
+def sum_frames(frames: NDArray, number: int, detector_name: str) -> NDArray:
+    """Sum each `number` frames of one exposure; a pixel that fails in one of them is -1 in the sum.
+
+    Parameters
+    ----------
+    frames
+        Counts, shape (exposure * number, y, x).
+    number
+        Frames of an exposure.
+    detector_name
+        As in the geometry, see `counts_ceiling`.
+
+    Returns
+    -------
+    ndarray
+        Shape (exposure, y, x).
+    """
+    if number == 1:
+        return frames
+    grouped = frames.reshape(-1, number, *frames.shape[1:])
+    return np.where(invalid_pixels(grouped, detector_name).any(axis=1), -1, grouped.sum(axis=1, dtype=float))
+
+
+def centred(poni: Mapping[str, Any], direct_beam: xr.Dataset) -> dict[str, Any]:
+    """Return the geometry, corrected by how far the direct beam was found from where its own geometry puts it.
+
+    Parameters
+    ----------
+    poni
+        Geometry of the sample's exposure; the detector may have been moved since the direct beam.
+    direct_beam
+        Dataset of `psf`.
+
+    Raises
+    ------
+    BadInput
+        If the direct beam is more than 5 mm from where its geometry puts it.
+    """
+    ai = integrator(poni)
+    attrs = direct_beam.attrs
+    rows, columns = (float(attrs[f"centre_{axis}"]) - float(attrs[f"poni_centre_{axis}"]) for axis in "yx")
+    shift = np.hypot(rows * ai.pixel1, columns * ai.pixel2)
+    if shift > CENTRE_TOLERANCE:
+        raise BadInput(
+            f"The direct beam is at pixel ({attrs['centre_y']:.1f}, {attrs['centre_x']:.1f}), but its geometry (poni) puts it "
+            f"at ({attrs['poni_centre_y']:.1f}, {attrs['poni_centre_x']:.1f}), {shift * 1e3:.1f} mm away. One of them is wrong: "
+            "check that the direct beam and the geometry belong to the same detector position."
+        )
+    # Along each axis, poni counts with or against the pixels: that depends on the detector's orientation.
+    first, second, _ = ai.detector.calc_cartesian_positions(np.array([0.5, 1.5]), np.array([0.5, 1.5]), center=False)
+    ai.poni1 += rows * float(np.diff(first)[0])
+    ai.poni2 += columns * float(np.diff(second)[0])
+    return dict(ai.get_config())
+
+
+def beam_pixel(ai: Any) -> tuple[float, float]:
+    """Where a geometry puts the beam: (row, column) at which the detector's plane crosses it."""
+    # The plane is flat: three of its pixels give the way from (row, column) to the laboratory and back.
+    rows, columns = np.array([0.0, 1000.0, 0.0]), np.array([0.0, 0.0, 1000.0])
+    _, y, x = ai.calc_pos_zyx(d1=rows, d2=columns)
+    steps = np.array([[p[1] - p[0], p[2] - p[0]] for p in (y, x)]) / 1000
+    row, column = np.linalg.solve(steps, -np.array([y[0], x[0]])) + 0.5
+    return float(row), float(column)
+
+
+def check_shape(frames: NDArray, ai: Any) -> None:
+    """Refuse frames (..., y, x) that are not of the geometry's detector."""
+    if frames.shape[-2:] != tuple(ai.detector.shape):
+        raise BadInput(
+            f"The frames have {frames.shape[-2]} x {frames.shape[-1]} pixels; the geometry (poni) is of a detector "
+            f"({ai.detector.name}) with {ai.detector.shape[0]} x {ai.detector.shape[1]}. Give the poni of this detector."
+        )
+
+
+def static_mask(ai: Any, mask: NDArray | None) -> NDArray[np.bool_]:
+    """Join a mask with the detector's own."""
+    shape = tuple(ai.detector.shape)
+    own = ai.detector.mask
+    total = np.zeros(shape, dtype=bool) if own is None else np.asarray(own, dtype=bool)
+    if mask is None:
+        return total
+    if mask.shape != shape:
+        raise BadInput(
+            f"The mask has {mask.shape[0]} x {mask.shape[1]} pixels, the detector {shape[0]} x {shape[1]}; give one that fits."
+        )
+    return total | np.asarray(mask, dtype=bool)
