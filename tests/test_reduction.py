@@ -175,6 +175,7 @@ def test_a_tilted_detector_is_centred_on_the_beam(change: dict):
         (beam(), {**PONI, "wavelength": None}, "wavelength"),
         (beam(), {**PONI, "wavelength": 1.54}, "metres"),
         (beam(), {**PONI, "dist": -1.0}, "distance"),
+        (beam(), {k: v for k, v in PONI.items() if k != "dist"}, "distance"),
         (beam(), {**PONI, "detector": "NoSuch"}, "not one that pyFAI understands"),
     ],
 )
@@ -207,6 +208,12 @@ def test_orientations_of_the_detector(orientation: int):
     found = pyFAI.load(centred(poni, direct)).qArray(SHAPE)
     assert np.unravel_index(np.argmin(found), SHAPE) == (row, column)
     assert found[row, column] < 1e-3 * found[row, column + 1]
+
+
+def test_tilts_that_are_not_given_are_none():
+    flat = {name: value for name, value in PONI.items() if not name.startswith("rot")}
+    assert psf(beam(), flat).equals(psf(beam(), PONI))
+    assert centred(flat, psf(beam(), flat)) == centred(PONI, psf(beam(), PONI))
 
 
 @pytest.mark.parametrize(("counts", "background"), [(1e4, 0.03), (1e4, 0.1), (3e4, 0.1), (1e5, 0.5), (1e6, 2.0)])

@@ -63,10 +63,9 @@ def integrator(poni: Mapping[str, Any]) -> Any:
     """
     try:
         file = PoniFile(dict(poni))
-        angles = (file.rot1, file.rot2, file.rot3)
-        ai: Any = AzimuthalIntegrator(
-            file.dist, file.poni1, file.poni2, *angles, detector=file.detector, wavelength=file.wavelength
-        )
+        # What a geometry leaves out is zero, as pyFAI.load has it.
+        place = [float(getattr(file, name) or 0.0) for name in ("dist", "poni1", "poni2", "rot1", "rot2", "rot3")]
+        ai: Any = AzimuthalIntegrator(*place, detector=file.detector, wavelength=file.wavelength)
     except Exception as error:
         raise BadInput(f"The geometry (poni) is not one that pyFAI understands ({type(error).__name__}: {error}).") from error
     ai.auto_gc = False  # it collects garbage at every change otherwise, as pyFAI.load does: 0.3 s in a large process
