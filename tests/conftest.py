@@ -24,6 +24,7 @@ from tiled.config import Config
 from tiled.server.app import build_app_from_config
 
 from dsnet_bluesky.server import Server, configuration
+from dsnet_bluesky.smearing import Smearing
 
 SHAPE = (120, 100)
 
@@ -156,3 +157,15 @@ def write_edf(detector_directory: Path) -> Callable[[str, np.ndarray], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def smearing() -> Smearing:
+    """The paper's smearing: a stationary Gaussian of 0.04 1/nm on 501 points."""
+    return Smearing.gaussian(0.01 * np.arange(1, 502), 0.04)
+
+
+@pytest.fixture(scope="session")
+def exact(smearing: Smearing) -> Smearing:
+    """The operator that makes the data: 20 times finer and wider than the one that desmears them."""
+    return Smearing.gaussian(smearing.q, 0.04, q_calc=0.0005 * (np.arange(20 * 545) + 0.5))

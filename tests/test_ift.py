@@ -25,17 +25,6 @@ def sphere(q, R=3.0, background=1e-3):
 
 
 @pytest.fixture(scope="module")
-def exact():
-    """The operator that makes the data: 20 times finer and wider than the one that desmears them."""
-    return Smearing.gaussian(Q, SIGMA, q_calc=FINE)
-
-
-@pytest.fixture(scope="module")
-def smearing():
-    return Smearing.gaussian(Q, SIGMA)
-
-
-@pytest.fixture(scope="module")
 def prepared(smearing):
     return prepare(smearing, "ift")
 

@@ -22,14 +22,9 @@ def sphere(q, R=3.0):
 
 
 @pytest.fixture(scope="module")
-def ideal():
+def ideal(exact):
     """The paper's sphere, smeared on a grid 20 times finer and wider than the one that desmears it."""
-    return Smearing.gaussian(Q, SIGMA, q_calc=FINE).apply(sphere(FINE))
-
-
-@pytest.fixture(scope="module")
-def smearing():
-    return Smearing.gaussian(Q, SIGMA)
+    return exact.apply(sphere(FINE))
 
 
 def error(result) -> float:

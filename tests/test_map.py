@@ -28,17 +28,6 @@ def sphere(q, R=3.0):
 
 
 @pytest.fixture(scope="module")
-def exact():
-    """The operator that makes the data: 20 times finer and wider than the one that desmears them."""
-    return Smearing.gaussian(Q, SIGMA, q_calc=FINE)
-
-
-@pytest.fixture(scope="module")
-def smearing():
-    return Smearing.gaussian(Q, SIGMA)
-
-
-@pytest.fixture(scope="module")
 def cubic():
     """SasView's default cubic paracrystal on FINE.
 

@@ -15,16 +15,6 @@ FINE = 0.0005 * (np.arange(20 * 545) + 0.5)
 SIGMA = 0.04
 
 
-@pytest.fixture(scope="module")
-def exact():
-    return Smearing.gaussian(Q, SIGMA, q_calc=FINE)
-
-
-@pytest.fixture(scope="module")
-def smearing():
-    return Smearing.gaussian(Q, SIGMA)
-
-
 def test_ripples_come_back(exact, smearing):
     """Fringes of period 0.25 1/nm, damped by the beam to 0.6 of their height."""
     truth = lambda q: 10 + 3 * np.sin(2 * np.pi * q / 0.25)  # noqa: E731
