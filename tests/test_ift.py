@@ -16,7 +16,6 @@ from dsnet_bluesky.smearing import Smearing
 
 Q = 0.01 * np.arange(1, 502)
 FINE = 0.0005 * (np.arange(20 * 545) + 0.5)
-SIGMA = 0.04
 
 
 def sphere(q, R=3.0, background=1e-3):

@@ -12,7 +12,6 @@ from dsnet_bluesky.smearing import Smearing
 
 Q = 0.01 * np.arange(1, 502)
 FINE = 0.0005 * (np.arange(20 * 545) + 0.5)
-SIGMA = 0.04
 
 
 def test_ripples_come_back(exact, smearing):
