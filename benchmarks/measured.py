@@ -225,7 +225,12 @@ def plain(value: float, digits: int = 2) -> str:
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
-def number(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
+def reason(refusal: str) -> str:
+    """Return the first sentence of a message."""
+    return refusal.split(". ")[0].split(";")[0]
+
+
+def number(values: Sequence[float] | Floats, scale: float = 1.0, digits: int = 2) -> str:
     """Write the mean, and the standard deviation where there are several; a dash for none."""
     if not len(values):
         return "-"
@@ -236,7 +241,7 @@ def number(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
 def row(label: str, scores: Scores) -> str:
     """Write the row of one method."""
     if scores.refused:
-        return f"| {label} | refused: {scores.refused.split('.')[0].split(';')[0]} |" + " |" * 7
+        return f"| {label} | refused: {reason(scores.refused)} |" + " |" * 7
     flags = ", ".join(str(flag.name).lower() for flag in Flag if scores.flags & flag) or "-"
     cells = [
         number(scores.chi2, digits=3),
