@@ -262,8 +262,8 @@ def series(seeds: int) -> DataSet:
         "In-situ USAXS of a sample held at 870 C (VTMA.h5, 240 curves). Its metadata (Wname DSM_Int, SlitLength 0.02343 "
         f"1/angstrom) say that these curves were desmeared before they were stored. So {SERIES} of its 70 curves that are merged "
         "with pinhole SAXS, evenly over five hours, are made smooth (a spline of ln I over ln q, within their stated errors), "
-        "serve as the truth, are smeared by the slit they came through (half-length 0.2343 1/nm) and get 1 % of noise; the record "
-        "ends at 2.6 1/nm, and the truth goes on. Nine decades of intensity."
+        "serve as the truth, are smeared by the slit they came through (half-length 0.2343 1/nm) and get 1 % of noise; the record"
+        " ends at 2.6 1/nm, and the truth goes on. Nine decades of intensity."
     )
     return DataSet("vtma, in-situ USAXS smeared again (sasdata)", note, found)
 
