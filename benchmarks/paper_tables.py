@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 
 from dsnet_bluesky.data import curve
 from dsnet_bluesky.desmearing import prepare
+from dsnet_bluesky.library.families import form_factor
 from dsnet_bluesky.smearing import Smearing
-from dsnet_bluesky.training import form_factor, hardware
+from dsnet_bluesky.training import hardware
 
 Floats = NDArray[np.floating[Any]]
 

@@ -30,6 +30,7 @@ FLAG_WORDS = {
     "NOISE_ESTIMATED": "dI was not in the file and was estimated from the scatter",
     "EXTRAPOLATED": "the smearing reaches beyond the measured range: mind the ends of the curve",
     "OUT_OF_RANGE": "the model was not trained for such a curve or resolution",
+    "SUBSTITUTED": "the model's answer missed the measurement; a classical method's is given",
 }
 """What each `data.Flag` means to a user."""
 
@@ -228,7 +229,7 @@ def register(uri: Uri = LOCAL, api_key: ApiKey = None) -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A released model's name (dsnet-paper) or a recipe file.")] = "dsnet-paper",
+    recipe: Annotated[str, typer.Argument(help="A released model's name (dsnet, dsnet-paper) or a recipe file.")] = "dsnet-paper",
     output: Annotated[Path | None, typer.Option(help="Folder of the new model. [dim]Default: its name here[/]")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
 ) -> None:
@@ -238,22 +239,22 @@ def train(
     from . import training
 
     _check_device(device)
-    parsed = training.Recipe.load(recipe)
+    parsed = training.load_recipe(recipe)
     target = output or Path(f"{parsed.name}-{parsed.version}")
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[word]}"),
     )
     with Progress(*columns, console=Console()) as progress:
-        task = progress.add_task("epochs", total=None, loss="")
-
-        def show(epoch: Any, epochs: int) -> None:
-            loss = f"loss {epoch.training:.4g}, validation {epoch.validation:.4g}"
-            progress.update(task, completed=epoch.epoch, total=epochs, loss=loss)
-
-        training.train(parsed, target, device=device, progress=show)
+        task = progress.add_task(parsed.name, total=None, word="")
+        training.train(
+            parsed,
+            target,
+            device=device,
+            notify=lambda done, total, word: progress.update(task, completed=done, total=total, word=word),
+        )
     _say(f"Written: {target}")
 
 

@@ -29,6 +29,7 @@ LONG_NAMES = {
     "q": "scattering vector",
     "I": "intensity",
     "Idev": "standard deviation of the intensity",
+    "Idev_noise": "part of Idev that the noise of the measurement makes",
     "Qdev": "standard deviation of the resolution",
     "I_smeared": "measured (smeared) intensity",
     "Idev_smeared": "standard deviation of the measured intensity",
@@ -39,7 +40,7 @@ LONG_NAMES = {
 }
 """One line of meaning for each variable, written into `long_name`."""
 
-RESULT_VARIABLES = ("I", "Idev", "Qdev", "I_smeared", "Idev_smeared", "I_resmeared")
+RESULT_VARIABLES = ("I", "Idev", "Idev_noise", "Qdev", "I_smeared", "Idev_smeared", "I_resmeared")
 """Variables of a desmeared Dataset with dims (exposure, q)."""
 
 
@@ -64,6 +65,8 @@ class Flag(enum.IntFlag):
     """The smearing reaches beyond the measured range by more than a tenth of it."""
     OUT_OF_RANGE = 16
     """The model was not trained for such a curve or operator."""
+    SUBSTITUTED = 32
+    """The model's answer missed the measurement; a classical method's is given, named in the diagnostics."""
 
 
 def curve(

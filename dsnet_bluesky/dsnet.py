@@ -1,76 +1,68 @@
-"""The method ``dsnet-paper``: the published DSNet, pre-trained and fine-tuned on each curve.
+"""The method ``dsnet``: one pass of a released network that is told the operator, with errors that were calibrated.
 
-Zhou et al., "Deep-learning-powered desmearing for small-angle scattering",
-J. Appl. Cryst. (2025). For each measured curve a copy of the pre-trained network
-is trained for some hundred steps until its answer, smeared again, meets the
-measurement. The paper smears with a zero-padded stationary convolution; here the
-true operator R takes its place, and the published one is the option
-``psf="stationary"``.
+What a curve goes through:
 
-The grid
-    The network lives on 501 equal steps. ln I of any other grid is interpolated
-    linearly onto as many points of its own range, as users of the published code
-    must do, and back. Beyond the measured range, where R reaches, ln I goes on
-    from its end points: as a line in q^2 at low q (Guinier), as a line in ln q
-    at high q (a power law), each with the slope of the tenth of the points next to it.
-
-The units
-    The published network is given ln I as it is, in 1/cm, and is not indifferent to
-    a factor. A curve that leaves the trained range of ln I by more than a quarter of
-    it (counts, other units) is moved to its middle and back, and flagged OUT_OF_RANGE.
+1. points much closer than the smearing is wide are averaged (`working`);
+2. `features` are computed with the exact operator, and the network (`unrolled`) answers;
+3. where that answer, smeared again, misses the measurement by more than chance, exact proximal
+   steps move it there as far as its error allows (`consistency`);
+4. where even that misses, or the curve is like none that the network was trained on, the result is flagged, and
+   a classical method with better evidence takes its place.
 
 Uncertainty
-    The paper gives none, and a network that has been fitted to one curve until
-    its re-smeared answer agrees knows nothing of its own error. `Idev` is NaN.
+    `Idev` is the network's error, scaled on validation families until one and two of it
+    held 68 and 95 % of the truth. Of it the noise of the measurement makes `Idev_noise`; the rest,
+    ``sqrt(Idev^2 - Idev_noise^2)``, is what the network does not know. Errors of neighbours are
+    correlated over `correlation_length` local resolutions: see `covariance_factor`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from .data import BadInput, Flag
+from .consistency import correlation, proximal
+from .data import Flag
 from .desmearing import Solution
-from .network import DSNet, NetworkConfig
-from .smearing import GAUSSIAN_REACH, Smearing
+from .desmearing.ift import IFT
+from .desmearing.kernels import straightened, widths_below
+from .desmearing.map import MAP
+from .features import Operator, features_of
+from .smearing import Smearing
+from .unrolled import Answer, Unrolled, UnrolledConfig
 from .versions import Model, load_model
+from .working import Working
 
-__all__ = ["DSNetPaper"]
+__all__ = ["DSNet"]
 
 Floats = NDArray[np.floating[Any]]
-Smear = Callable[[Tensor], Tensor]
 
-NEAR = 0.25
-"""How far ln I may leave the trained range, as a share of it, before the curve is moved."""
+BATCH_NODES = 60_000
+"""Nodes of all curves that are worked on at once: they stay in the caches of a CPU."""
 
-END_SHARE = 0.1
-"""Share of the points at each end whose slope is carried on beyond it."""
+CHANCE = 4.0
+"""A chi2 is more than chance where it is above 1 by so many of its own standard deviations, sqrt(2 / n)."""
+
+POOR = 2.0
+"""chi2 above which the classical methods are asked."""
 
 
-class DSNetPaper:
-    """The published DSNet as a method of desmearing.
+class DSNet:
+    """Desmear with a released network.
 
     Parameters
     ----------
     smearing
         The operator R.
-    fine_tune
-        Whether to fine-tune a copy of the network on each curve.
-    iterations
-        Steps of fine-tuning for each curve.
-    learning_rate
-        Of Adam, in fine-tuning.
-    psf
-        What smears the answer in fine-tuning: ``"operator"``, R itself, or
-        ``"stationary"``, the published zero-padded convolution, with the middle
-        row of R as its kernel.
+    consistency
+        Whether answers that miss the measurement take proximal steps towards it.
+    fallback
+        Whether a classical method (`map`, `ift`) answers where the network cannot.
     device
         Any device of torch: ``"cpu"``, ``"cuda"``.
     model
@@ -79,221 +71,202 @@ class DSNetPaper:
     Raises
     ------
     BadInput
-        If the model cannot be loaded or an option is not one of the above.
+        If the model cannot be loaded.
     """
 
     def __init__(
         self,
         smearing: Smearing,
         *,
-        fine_tune: bool = True,
-        iterations: int = 500,
-        learning_rate: float = 1e-5,
-        psf: Literal["operator", "stationary"] = "operator",
+        consistency: bool = True,
+        fallback: bool = True,
         device: str = "cpu",
-        model: str = "dsnet-paper:1.0.0",
+        model: str = "dsnet",
     ) -> None:
-        if psf not in ("operator", "stationary"):
-            raise BadInput(f'psf is {psf!r}; it must be "operator" (R itself) or "stationary" (as published).')
-        if iterations < 1 or learning_rate <= 0:
-            raise BadInput(f"iterations is {iterations} and learning_rate {learning_rate}; both must be positive.")
         self.smearing = smearing
+        self.consistency, self.fallback, self.device = consistency, fallback, device
         self.model = load_model(model)
-        self.device = device
-        self.iterations = iterations if fine_tune else 0
-        self.learning_rate = learning_rate
-        self.network = load_network(self.model).to(device)
-        self.grid = np.linspace(smearing.q[0], smearing.q[-1], self.model.card["ranges"]["points"])
-        self._to_grid = interpolation(smearing.q, self.grid)
-        self._to_calc = interpolation(self.grid, smearing.q_calc)
-        self._as_published = psf == "stationary"
-        self._smear = self._convolution() if self._as_published else self._operator()
+        self.network, self.range = load_network(self.model, device)
+        self.working = Working(smearing)
+        self.operator = Operator(self.working.smearing, device)
+        self.calibration = Calibration(self.model.card["calibration"], device)
+        self._unusual = unusual_operator(self.working.smearing, self.model.card["ranges"])
+        self._place = self.operator.place
+        self._classical: dict[str, Any] = {}
 
-    def __call__(self, I: NDArray[np.floating[Any]], Idev: NDArray[np.floating[Any]]) -> Solution:
-        """Desmear curves.
+    def __call__(self, I: Floats, Idev: Floats) -> Solution:
+        """Desmear curves of any sign.
 
         Parameters
         ----------
-        I
-            Measured curves, shape (exposure, n); positive.
-        Idev
-            Not used: the published loss weighs all points alike.
+        I, Idev
+            Measured curves and their standard deviations, shape (exposure, n).
 
         Returns
         -------
         Solution
-            ``I_calc`` on q_calc, shape (exposure, m); ``Idev`` NaN, shape (exposure, n);
-            ``attrs["resmear_loss"]`` with the first and last loss of each fine-tuning.
-
-        Raises
-        ------
-        BadInput
-            If an intensity is zero or negative, or fine-tuning diverges.
+            ``attrs`` hold for every exposure what answered (``network``, ``proximal``, ``map``
+            or ``ift``), its chi2 before any step, and the length over which errors are correlated.
         """
-        I = np.asarray(I, dtype=float)
-        refuse_not_positive(I, self.smearing.q)
-        log_measured = np.log(I)
-        offsets = np.array([self._offset(curve) for curve in log_measured])
-        answers, losses = zip(*(self._desmear(curve) for curve in log_measured + offsets[:, None]), strict=True)
-        I_calc = np.exp((np.array(answers) - offsets[:, None]) @ self._to_calc.T)
-        if not np.isfinite(I_calc).all():
-            raise BadInput("Fine-tuning diverged; lower learning_rate, or use the methods map or ift.")
-        flags = np.array([self._flags(bool(offset)) for offset in offsets], dtype=np.int64)
-        attrs = {"resmear_loss": [list(pair) for pair in losses]}
-        return Solution(I_calc=I_calc, Idev=np.full(I.shape, np.nan), Qdev=None, flags=flags, attrs=attrs)
+        batch = max(1, BATCH_NODES // self.operator.smearing.q_calc.size)
+        parts = [self._pass(I[i : i + batch], Idev[i : i + batch]) for i in range(0, len(I), batch)]
+        found = _Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        solution = self._solution(found)
+        if self.fallback:
+            self._substitute(solution, I, Idev, found.after)
+        return solution
 
-    def _offset(self, log_measured: Floats) -> float:
-        """What to add to ln I to bring it to where the network was trained; zero for curves near there."""
-        low, high = self.model.card["ranges"]["ln_I"]
-        least, most = float(log_measured.min()), float(log_measured.max())
-        margin = NEAR * (high - low)
-        if least >= low - margin and most <= high + margin:
-            return 0.0
-        return (low + high) / 2 - (least + most) / 2
+    @torch.no_grad()
+    def _pass(self, I: Floats, Idev: Floats) -> _Found:
+        """Answer one batch on the working grid."""
+        I, Idev = self.working.curves(np.asarray(I, dtype=float), np.asarray(Idev, dtype=float))
+        features = features_of(self.operator, I, Idev)
+        answer = self.network(self.operator, features)
+        ln_I, error = answer.ln_I.double(), self.calibration(answer.ln_error).double()
+        before = self._chi2(ln_I, features.I, features.Idev)
+        moved = torch.zeros_like(before, dtype=torch.bool)
+        if self.consistency:
+            moved = before > 1 + CHANCE * np.sqrt(2 / I.shape[-1])
+            rows = moved.nonzero()[:, 0]
+            for chunk in rows.split(8):
+                ln_I[chunk], error[chunk] = self._proximal(ln_I[chunk], error[chunk], features.I[chunk], features.Idev[chunk])
+        after = self._chi2(ln_I, features.I, features.Idev)
+        width = self._resolved(answer)
+        columns = (ln_I + torch.log(features.scale), error, error * answer.ln_share.exp(), width, before, after, moved)
+        flags = torch.where(self._distance(answer.deep) > self.calibration.farthest, int(Flag.OUT_OF_RANGE), 0) | self._unusual
+        return _Found(*(column.cpu().numpy() for column in (*columns, flags)))
 
-    def _flags(self, moved: bool) -> Flag:
-        """OUT_OF_RANGE for grids and intensities that were not trained, and for operators where nothing adapts to them."""
-        ranges = self.model.card["ranges"]
-        low, high = ranges["q"]
-        tolerance = 0.01 * (high - low)
-        elsewhere = abs(self.grid[0] - low) > tolerance or abs(self.grid[-1] - high) > tolerance
-        width = float(np.median(self.smearing.widths))
-        unadapted = self.iterations == 0 and abs(width / ranges["sigma"] - 1) > 0.1
-        return Flag.OUT_OF_RANGE if moved or elsewhere or unadapted else Flag(0)
+    def _chi2(self, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
+        rest = (torch.exp(ln_I) @ self.operator.matrix.double().T - I) / Idev
+        return rest.square().mean(dim=-1)
 
-    def _desmear(self, log_measured: Floats) -> tuple[Floats, tuple[float, float]]:
-        """Desmear one curve on q: ln I on the network's grid, and the first and last re-smear loss."""
-        given = self._tensor(self._to_grid @ log_measured)
-        target = given if self._as_published else self._tensor(log_measured)
+    def _proximal(self, ln_I: Tensor, error: Tensor, I: Tensor, Idev: Tensor) -> tuple[Tensor, Tensor]:
+        correlated = correlation(self._place, self.calibration.length)
+        moved = proximal(self.operator, ln_I, error, correlated, I, Idev)
+        return moved.ln_I, moved.error
 
-        def loss(answer: Tensor) -> Tensor:
-            return nn.functional.mse_loss(torch.log(self._smear(torch.exp(answer))), target)
+    def _resolved(self, answer: Answer) -> Tensor:
+        """Resolution that is left, in 1/nm, on q_calc."""
+        return torch.exp(answer.ln_resolved) * self.operator.unit
 
-        network = copy.deepcopy(self.network)
-        first = fine_tune(network, given, loss, self.iterations, self.learning_rate)
-        with torch.no_grad():
-            answer = network(given)
-            last = float(loss(answer))
-        return answer.cpu().numpy().astype(float), (last if first is None else first, last)
+    def _distance(self, deep: Tensor) -> Tensor:
+        """Mahalanobis distance of the bottom of the network from what training showed it."""
+        return ((deep - self.range["mean"]) @ self.range["whitening"]).square().mean(dim=-1).sqrt()
 
-    def _operator(self) -> Smear:
-        """R on the network's grid: what is between and beyond its points is interpolated in ln I."""
-        to_calc, matrix = self._tensor(self._to_calc), self._tensor(self.smearing.matrix)
-        return lambda I: matrix @ torch.exp(to_calc @ torch.log(I))
-
-    def _convolution(self) -> Smear:
-        """Smear as the published code does: one kernel for all q, zeros beyond the record."""
-        kernel = self._tensor(stationary_kernel(self.smearing, float(self.grid[1] - self.grid[0])))
-        return lambda I: nn.functional.conv1d(I[None, None], kernel[None, None], padding="same")[0, 0]
-
-    def _tensor(self, values: Floats) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
-
-
-def load_network(model: Model) -> DSNet:
-    """Build the network of a released model with its weights."""
-    with torch.device("cpu"):  # whatever the default device: the caller moves it
-        network = DSNet(NetworkConfig.from_dict(model.card["architecture"]))
-    network.load_state_dict(load_file(model.weights))
-    return network.eval()
-
-
-def fine_tune(
-    network: DSNet, given: Tensor, loss: Callable[[Tensor], Tensor], iterations: int, learning_rate: float
-) -> float | None:
-    """Train a network on one curve, in place.
-
-    Parameters
-    ----------
-    network
-        Changed in place.
-    given
-        ln I of the measured curve on the network's grid.
-    loss
-        Of the network's answer to `given`.
-    iterations, learning_rate
-        Steps of Adam, and their size.
-
-    Returns
-    -------
-    float or None
-        Loss before the first step; None without steps.
-    """
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    first = None
-    for _ in range(iterations):
-        value = loss(network(given))
-        first = value if first is None else first
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    return None if first is None else first.item()
-
-
-def interpolation(source: NDArray[np.floating[Any]], target: NDArray[np.floating[Any]]) -> Floats:
-    """Matrix that takes ln I on one grid to another: linear inside, smooth beyond.
-
-    Parameters
-    ----------
-    source
-        q where ln I is known, shape (k,), ascending, in 1/nm.
-    target
-        q where it is wanted, shape (m,), ascending, in 1/nm.
-
-    Returns
-    -------
-    ndarray
-        Shape (m, k). Below the source ln I is a line in q^2, above it a line in
-        ln q, from the end point and with the slope fitted to the nearest tenth.
-    """
-    matrix = np.zeros((target.size, source.size))
-    right = np.clip(np.searchsorted(source, target), 1, source.size - 1)
-    fraction = np.clip((target - source[right - 1]) / (source[right] - source[right - 1]), 0, 1)
-    rows = np.arange(target.size)
-    matrix[rows, right - 1] = 1 - fraction
-    matrix[rows, right] += fraction
-    near = max(3, round(END_SHARE * source.size))
-    below, above = target < source[0], target > source[-1]
-    matrix[below, :near] += np.outer(target[below] ** 2 - source[0] ** 2, slope(source[:near] ** 2))
-    matrix[above, -near:] += np.outer(np.log(target[above] / source[-1]), slope(np.log(source[-near:])))
-    return matrix
-
-
-def slope(x: Floats) -> Floats:
-    """Weights w such that ``w @ y`` is the slope of the least-squares line through (x, y)."""
-    centred = x - x.mean()
-    return centred / (centred @ centred)
-
-
-def stationary_kernel(smearing: Smearing, step: float) -> Floats:
-    """One kernel for all q, on equal steps: the middle row of R about its own q.
-
-    Parameters
-    ----------
-    smearing
-        The operator.
-    step
-        Spacing of the network's grid in 1/nm.
-
-    Returns
-    -------
-    ndarray
-        Odd number of points, sum 1.
-    """
-    middle = smearing.q.size // 2
-    density = smearing.matrix[middle] / np.gradient(smearing.q_calc)
-    reach = int(np.ceil(GAUSSIAN_REACH * smearing.widths[middle] / step))
-    offsets = step * np.arange(-reach, reach + 1)
-    kernel = np.interp(smearing.q[middle] + offsets, smearing.q_calc, density, left=0, right=0)
-    return kernel / kernel.sum()
-
-
-def refuse_not_positive(I: NDArray[np.floating[Any]], q: NDArray[np.floating[Any]]) -> None:
-    """Raise `BadInput` if an intensity has no logarithm."""
-    bad = I <= 0
-    if bad.any():
-        where = q[np.argmax(bad.any(axis=0))]
-        raise BadInput(
-            f"{int(bad.sum())} intensities are zero or negative (first at q = {where:.4g} 1/nm), and dsnet-paper works on ln I. "
-            'Use method "map" or "ift", or leave these points out.'
+    def _solution(self, found: _Found) -> Solution:
+        """Take answers from the working grid to q and to q_calc."""
+        smearing, working = self.smearing, self.working
+        I = np.exp(working.interpolate(found.ln_I, smearing.q))
+        ideal = np.exp(working.interpolate(found.ln_I, smearing.q_calc))
+        return Solution(
+            I_calc=straightened(smearing, ideal.T).T,
+            I=I,
+            Idev=I * working.spread(found.error),
+            Idev_noise=I * working.spread(found.noise),
+            Qdev=working.spread(found.width),
+            flags=found.flags.astype(np.int64),
+            attrs={
+                "answer": [("proximal" if moved else "network") for moved in found.moved],
+                "chi2_network": [float(f"{value:.4g}") for value in found.before],
+                "correlation_length": [self.calibration.length] * len(found.before),
+            },
         )
+
+    def _substitute(self, solution: Solution, I: Floats, Idev: Floats, chi2: Floats) -> None:
+        """Give the answer of a classical method where the network's misses the measurement."""
+        for row in np.flatnonzero(chi2 > POOR):
+            name, other = self._best_classical(I[row : row + 1], Idev[row : row + 1])
+            if _chi2_of(self.smearing, other, I[row], Idev[row]) > chi2[row] / 2:
+                continue
+            _replace(solution, int(row), self.smearing, other)
+            solution.attrs["answer"][row] = name
+            solution.attrs["correlation_length"][row] = None
+
+    def _best_classical(self, I: Floats, Idev: Floats) -> tuple[str, Solution]:
+        """Indirect transform or prior on ln I: the one with few parameters where it fits about as well."""
+        if not self._classical:
+            self._classical = {"ift": IFT(self.smearing), "map": MAP(self.smearing)}
+        transform = self._classical["ift"](I, Idev)
+        chi2 = _chi2_of(self.smearing, transform, I[0], Idev[0])
+        if chi2 < 1.5 and not transform.flags[0]:
+            return "ift", transform
+        posterior = self._classical["map"](I, Idev)
+        return ("map", posterior) if _chi2_of(self.smearing, posterior, I[0], Idev[0]) < chi2 else ("ift", transform)
+
+
+def _replace(solution: Solution, row: int, smearing: Smearing, other: Solution) -> None:
+    """Put the answer of another method in the place of one."""
+    solution.I_calc[row] = other.I_calc[0]
+    columns = (
+        (solution.I, smearing.at_q(other.I_calc[0]) if other.I is None else other.I[0]),
+        (solution.Idev, other.Idev[0]),
+        (solution.Idev_noise, np.nan),
+        (solution.Qdev, np.nan if other.Qdev is None else other.Qdev[0]),
+    )
+    for column, values in columns:
+        assert column is not None
+        column[row] = values
+    solution.flags[row] |= int(other.flags[0]) | int(Flag.SUBSTITUTED)
+
+
+class _Found(NamedTuple):
+    """Answers of a batch on the working grid: ln I, its error in all and by noise, the resolution, and how it went."""
+
+    ln_I: Floats
+    error: Floats
+    noise: Floats
+    width: Floats
+    before: Floats
+    after: Floats
+    moved: NDArray[np.bool_]
+    flags: NDArray[np.integer[Any]]
+
+
+class Calibration:
+    """How stated errors follow from those of the network: settled on validation families, kept in the card.
+
+    Parameters
+    ----------
+    card
+        The table ``calibration`` of a model's card: ``ln_error``, where the factor is known;
+        ``ln_factor``, its logarithm there; ``correlation_length``, in resolutions; ``farthest``, the largest
+        distance of a curve that is like those of training.
+    device
+        Where errors live.
+    """
+
+    def __init__(self, card: dict[str, Any], device: str) -> None:
+        self.length = float(card["correlation_length"])
+        self.farthest = float(card["farthest"])
+        self._knots = torch.tensor(card["ln_error"], dtype=torch.float32, device=device)
+        self._values = torch.tensor(card["ln_factor"], dtype=torch.float32, device=device)
+
+    def __call__(self, ln_error: Tensor) -> Tensor:
+        """Give the error of ln I."""
+        right = torch.searchsorted(self._knots, ln_error.contiguous()).clamp(1, len(self._knots) - 1)
+        low, high = self._knots[right - 1], self._knots[right]
+        part = ((ln_error - low) / (high - low)).clamp(0, 1)
+        return torch.exp(ln_error + self._values[right - 1] * (1 - part) + self._values[right] * part)
+
+
+def load_network(model: Model, device: str = "cpu") -> tuple[Unrolled, dict[str, Tensor]]:
+    """Build the network of a released model with its weights, and the range of its training."""
+    with torch.device("cpu"):  # whatever the default device: the caller moves it
+        network = Unrolled(UnrolledConfig.from_dict(model.card["architecture"]))
+    weights = load_file(model.weights)
+    seen = {name.removeprefix("range."): weights.pop(name).to(device) for name in list(weights) if name.startswith("range.")}
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False).to(device), seen
+
+
+def unusual_operator(smearing: Smearing, ranges: dict[str, Any]) -> int:
+    """OUT_OF_RANGE for an operator that training knew nothing like, else 0."""
+    steps = np.gradient(smearing.q)
+    width = float(np.median(widths_below(smearing) / steps))
+    span = float(np.ptp(smearing.q) / max(np.median(smearing.widths), 1e-12))
+    outside = smearing.q.size < ranges["points"][0] or width > ranges["width_in_steps"][1] or span < ranges["widths_in_range"][0]
+    return int(Flag.OUT_OF_RANGE) if outside else 0
+
+
+def _chi2_of(smearing: Smearing, solution: Solution, I: Floats, Idev: Floats) -> float:
+    return float(np.mean(((smearing.apply(solution.I_calc[0]) - I) / Idev) ** 2))

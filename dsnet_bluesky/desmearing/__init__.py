@@ -32,7 +32,8 @@ METHODS: dict[str, str] = {
     "wiener": "dsnet_bluesky.desmearing.wiener:Wiener",
     "map": "dsnet_bluesky.desmearing.map:MAP",
     "ift": "dsnet_bluesky.desmearing.ift:IFT",
-    "dsnet-paper": "dsnet_bluesky.dsnet:DSNetPaper",
+    "dsnet": "dsnet_bluesky.dsnet:DSNet",
+    "dsnet-paper": "dsnet_bluesky.dsnet_paper:DSNetPaper",
 }
 """Where each method lives, as `module:class`."""
 
@@ -60,6 +61,9 @@ class Solution:
     I
         Desmeared curves on `smearing.q`, shape (exposure, n), from a method that knows
         them better than `smearing.at_q(I_calc)`, which is taken by default.
+    Idev_noise
+        Part of Idev that the noise of the measurement makes, shape (exposure, n); the rest is what
+        the method does not know. None where it cannot tell them apart.
     """
 
     I_calc: NDArray
@@ -68,6 +72,7 @@ class Solution:
     flags: NDArray
     attrs: dict[str, Any] = field(default_factory=dict)
     I: NDArray | None = None
+    Idev_noise: NDArray | None = None
 
 
 class Method(Protocol):
@@ -187,11 +192,12 @@ class Prepared:
             answer = self.smearing.at_q(solution.I_calc) if solution.I is None else solution.I
             chi2 = np.mean(((resmeared - I) / Idev) ** 2, axis=-1)
         self._check_finite(answer, resmeared, chi2)
-        Qdev = np.full(I.shape, np.nan) if solution.Qdev is None else solution.Qdev
+        unknown = np.full(I.shape, np.nan)
         columns = {
             "I": answer,
             "Idev": solution.Idev,
-            "Qdev": Qdev,
+            "Idev_noise": unknown if solution.Idev_noise is None else solution.Idev_noise,
+            "Qdev": unknown if solution.Qdev is None else solution.Qdev,
             "I_smeared": I,
             "Idev_smeared": Idev,
             "I_resmeared": resmeared,

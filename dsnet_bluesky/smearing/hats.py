@@ -12,11 +12,15 @@ from dsnet_bluesky.data import BadInput
 
 Floats = NDArray[np.floating[Any]]
 
+GAP = 2.5
+"""A step is a gap where it is longer than this many of its neighbours."""
+
 
 def extend(q: ArrayLike, below: float, above: float) -> Floats:
     """Extend a grid on both sides so that `q` stays part of it.
 
     The spacing goes on as it was at each end; far out (beyond 200 steps) it widens.
+    Gaps within (a step of more than `GAP` times those about it) are filled at that spacing.
     The grid never goes below zero, and holds zero where it would.
 
     Parameters
@@ -29,7 +33,7 @@ def extend(q: ArrayLike, below: float, above: float) -> Floats:
     Returns
     -------
     ndarray
-        The extended grid, which contains every point of `q`.
+        The extended and filled grid, which contains every point of `q`.
     """
     q = np.asarray(q, dtype=float)
     spacing = np.diff(q)
@@ -37,7 +41,19 @@ def extend(q: ArrayLike, below: float, above: float) -> Floats:
     low = q[0] - march(step, below)[::-1]
     if low.size and low[0] < 0.1 * step:
         low = np.append(0.0, low[low >= 0.1 * step])
-    return np.concatenate([low[low < q[0]], q, q[-1] + march(float(np.median(spacing[-5:])), above)])
+    return np.concatenate([low[low < q[0]], filled(q), q[-1] + march(float(np.median(spacing[-5:])), above)])
+
+
+def filled(q: Floats) -> Floats:
+    """Fill the gaps of a grid (dead modules, points left out) at the spacing about them."""
+    spacing = np.diff(q)
+    usual = np.median(np.lib.stride_tricks.sliding_window_view(np.pad(spacing, 4, mode="edge"), 9), axis=1)
+    pieces = np.where(spacing > GAP * usual, np.ceil(spacing / usual), 1).astype(int).clip(max=200)
+    if (pieces == 1).all():
+        return q
+    starts = np.repeat(q[:-1], pieces)
+    place = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return np.append(starts + place * np.repeat(spacing / pieces, pieces), q[-1])
 
 
 def march(step: float, reach: float) -> Floats:

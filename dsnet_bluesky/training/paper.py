@@ -1,12 +1,4 @@
-"""Pre-training: from a recipe to the folder of a released model.
-
-A recipe (TOML) holds every number of a training. `train` follows it and writes a
-folder with the weights, a card in TOML and in Markdown, the recipe itself and
-the history; the same recipe on the same machine gives the same weights.
-An interrupted training goes on from its last checkpoint.
-
-Making the curves needs sasmodels: ``pip install dsnet-bluesky[train]``.
-"""
+"""Pre-training of the published DSNet: the same recipe on the same machine gives the same weights."""
 
 from __future__ import annotations
 
@@ -16,7 +8,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import os
-import platform
 import time
 import tomllib
 from collections.abc import Callable
@@ -31,12 +22,15 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from .data import BadInput
-from .network import DSNet, NetworkConfig
-from .smearing import Smearing
-from .versions import CARD, WEIGHTS, load_model, sha256_of, write_card
+from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.library.families import form_factor
+from dsnet_bluesky.network import DSNet, NetworkConfig
+from dsnet_bluesky.smearing import Smearing
+from dsnet_bluesky.versions import CARD, WEIGHTS, load_model, sha256_of, write_card
 
-__all__ = ["Curves", "Epoch", "Recipe", "form_factor", "make_curves", "train"]
+from .machine import hardware
+
+__all__ = ["Curves", "Epoch", "Recipe", "make_curves", "train"]
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_EVERY = 25
@@ -167,37 +161,6 @@ class Curves:
     def untreated(self) -> float:
         """Loss of the validation curves as they are, smeared."""
         return float(np.mean((self.smeared[self.validation] - self.ideal[self.validation]) ** 2))
-
-
-def form_factor(name: str, q: NDArray[np.float64], **parameters: float) -> NDArray[np.float64]:
-    """Compute a curve with sasmodels.
-
-    Parameters
-    ----------
-    name
-        Model of sasmodels, such as ``"sphere"``.
-    q
-        In 1/nm, shape (n,). (sasmodels itself counts in 1/angstrom.)
-    **parameters
-        Parameters of the model in sasmodels' own units (angstrom); SasView's defaults otherwise.
-
-    Returns
-    -------
-    ndarray
-        I in 1/cm, shape (n,).
-
-    Raises
-    ------
-    BadInput
-        If sasmodels is not installed.
-    """
-    try:
-        from sasmodels.core import load_model as load_form_factor
-        from sasmodels.direct_model import call_kernel
-    except ModuleNotFoundError as error:
-        raise BadInput("Training curves need sasmodels: pip install 'dsnet-bluesky[train]'.") from error
-    kernel = load_form_factor(name).make_kernel([q / 10])
-    return np.asarray(call_kernel(kernel, parameters), dtype=float)
 
 
 def make_curves(recipe: Recipe) -> Curves:
@@ -418,17 +381,6 @@ def describe(recipe: Recipe, curves: Curves, state: TrainingState, sha256: str) 
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "sasmodels")},
         },
     }
-
-
-def hardware(device: str) -> str:
-    """Name the processor behind a device of torch, and for a CPU the threads used."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = named[0] if named else platform.processor() or platform.machine()
-    return f"{processor}, threads: {torch.get_num_threads()}"
 
 
 def write_history(directory: Path, history: list[Epoch], best: Epoch, untreated: float) -> None:

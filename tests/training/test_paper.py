@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from dsnet_bluesky import training
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.training import Recipe, form_factor, make_curves, train
+from dsnet_bluesky.library.families import form_factor
+from dsnet_bluesky.training import paper
+from dsnet_bluesky.training.paper import Recipe, make_curves, train
 from dsnet_bluesky.versions import load_model
 
 TINY = """
@@ -128,7 +129,7 @@ def test_interrupted_training_goes_on_where_it_stopped(trained, recipe, tmp_path
 
 
 def test_checkpoint_of_another_recipe_is_refused(recipe, tmp_path):
-    training.TrainingState(recipe, "cpu").save(tmp_path / "checkpoint.pt")
+    paper.TrainingState(recipe, "cpu").save(tmp_path / "checkpoint.pt")
     other = Recipe.parse(TINY.replace("seed = 7", "seed = 8"))
     with pytest.raises(BadInput, match="another recipe"):
         train(other, tmp_path)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dsnet_bluesky.data import BadInput, Flag
-from dsnet_bluesky.dsnet import DSNetPaper, interpolation, stationary_kernel
+from dsnet_bluesky.dsnet_paper import DSNetPaper, interpolation, stationary_kernel
 from dsnet_bluesky.smearing import Smearing
 
 Q = np.linspace(0.01, 5.01, 501)

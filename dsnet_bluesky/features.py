@@ -1,0 +1,244 @@
+"""What a network is told about a measurement: everything it knows of the instrument comes from R itself.
+
+A network that is to desmear with any operator must not see its form. It sees what
+exact applications of R and of its adjoint make of the curve: the answers of a few classical
+iterations, what they leave over when smeared again, the indirect transform, and the local widths.
+All of it is free of units: q enters in local steps, I in ratios.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from .desmearing.kernels import straightened, widths_below
+from .indirect import IndirectLadder
+from .smearing import Smearing
+
+__all__ = ["CHANNELS", "Features", "Operator", "features_of", "residual", "step"]
+
+CHANNELS = 19
+"""Number of channels of `Features.channels`."""
+
+RICHARDSON_LUCY = (5, 20)
+"""Steps after which the iteration is shown to the network."""
+
+LAKE_STEPS = 3
+
+CLIP = 8.0
+"""Logarithms of ratios are shown up to here."""
+
+
+class Operator:
+    """A smearing operator on a device, with all that depends on it alone.
+
+    Parameters
+    ----------
+    smearing
+        The operator.
+    device
+        Any device of torch.
+    transform
+        Whether the indirect transform is prepared too; features need it, a network does not.
+
+    Attributes
+    ----------
+    matrix
+        R for smooth curves (see `desmearing.kernels.straightened`), shape (n, m).
+    measured
+        1 at nodes of q_calc that a measured point is near, else 0, shape (m,).
+    local
+        Channels that depend on the instrument only, shape (4, m).
+    unit
+        Width of R with a step of the grid, in 1/nm, shape (m,): what resolutions are told in.
+    place
+        q_calc counted in these units, shape (m,).
+    """
+
+    def __init__(self, smearing: Smearing, device: str | torch.device = "cpu", *, transform: bool = True) -> None:
+        self.smearing = smearing
+        self.device = torch.device(device)
+        q, nodes = smearing.q, smearing.q_calc
+        self.straight = straightened(smearing, np.eye(nodes.size))
+        matrix = smearing.matrix @ self.straight
+        self.matrix = self.tensor(matrix)
+        seen = matrix.sum(axis=0)
+        self.seen = self.tensor(np.maximum(seen, 1e-3))
+        self.visible = self.tensor((seen > 1e-3).astype(float))
+        right = np.clip(np.searchsorted(q, nodes), 1, q.size - 1)
+        self.left = torch.as_tensor(right - 1, device=self.device)
+        self.fraction = self.tensor(np.clip((nodes - q[right - 1]) / (q[right] - q[right - 1]), 0, 1))
+        step = np.gradient(nodes)
+        near = np.abs(nodes[:, None] - q).min(axis=1) < 0.6 * np.maximum(step, 1e-12)
+        self.measured = self.tensor(near.astype(float))
+        self.beyond = self.tensor(np.log(np.maximum(nodes, q[-1]) / q[-1]))
+        last = max(5, q.size // 10)
+        self.tail = self.tensor(_slope(np.log(np.maximum(q[-last:], 1e-12))))
+        self.local = self.tensor(self._local(q, nodes, step))
+        unit = np.hypot(np.interp(nodes, q, smearing.widths), step)
+        self.unit = self.tensor(unit)
+        self.place = self.tensor(np.concatenate([[0.0], np.cumsum(2 * np.diff(nodes) / (unit[1:] + unit[:-1]))]))
+        self.ladder = IndirectLadder(q, nodes, matrix, self.device) if transform else None
+
+    def _local(self, q: NDArray, nodes: NDArray, step: NDArray) -> NDArray:
+        """Widths of R in steps of q_calc, towards lower q and in all, and the step against q."""
+        both = np.interp(nodes, q, self.smearing.widths)
+        below = np.interp(nodes, q, widths_below(self.smearing))
+        return np.array(
+            [
+                np.log(both / step + 0.1) / 2,
+                np.log(below / step + 0.1) / 2,
+                np.log(step / (nodes + step)) / 4,
+                np.log(both / (nodes + step) + 1e-3) / 4,
+            ]
+        )
+
+    def tensor(self, values: Any) -> Tensor:
+        """Copy an array onto the device, in single precision."""
+        return torch.tensor(np.asarray(values), dtype=torch.float32, device=self.device)
+
+    def to_nodes(self, values: Tensor) -> Tensor:
+        """Interpolate curves on q, shape (..., n), to q_calc, shape (..., m); constant beyond the ends."""
+        low, high = values[..., self.left], values[..., self.left + 1]
+        return low + (high - low) * self.fraction
+
+    def apply(self, I: Tensor) -> Tensor:
+        """Smear curves on q_calc, shape (..., m), to q, shape (..., n)."""
+        return I @ self.matrix.T
+
+
+class Features(NamedTuple):
+    """What the network is given for a batch of curves."""
+
+    channels: Tensor
+    """Shape (exposure, CHANNELS, m)."""
+    start: Tensor
+    """ln I on q_calc after the Richardson-Lucy steps, from which corrections are counted, shape (exposure, m)."""
+    indirect: Tensor
+    """ln I on q_calc by the indirect transform, shape (exposure, m)."""
+    I: Tensor
+    """Measured curve over `scale`, shape (exposure, n)."""
+    Idev: Tensor
+    """Its standard deviation over `scale`, shape (exposure, n)."""
+    scale: Tensor
+    """What intensities were divided by, shape (exposure, 1)."""
+
+
+def features_of(operator: Operator, I: NDArray | Tensor, Idev: NDArray | Tensor) -> Features:
+    """Compute the features of curves.
+
+    Parameters
+    ----------
+    operator
+        The operator that smeared them.
+    I, Idev
+        Measured curves and their standard deviations, shape (exposure, n), of any sign and scale.
+    """
+    wide = {"dtype": torch.float64, "device": operator.device}
+    I, Idev = torch.as_tensor(I, **wide), torch.as_tensor(Idev, **wide)
+    scale = I.abs().mean(dim=-1, keepdim=True) + Idev.mean(dim=-1, keepdim=True)
+    assert operator.ladder is not None
+    indirect = operator.ladder(I / scale, Idev / scale)
+    y, sigma = (I / scale).float(), (Idev / scale).float()
+    smooth = start_curve(y, sigma)
+    begin = _extended(operator, smooth)
+    lake = _lake(operator, begin, y, sigma)
+    lucy = _richardson_lucy(operator, begin, y, sigma)
+    last = lucy[-1]
+    rows = [residual(operator, curve, y, sigma) for curve in (begin, *lucy, indirect.ln_I)]
+    level = (last * operator.measured).sum(dim=-1, keepdim=True) / operator.measured.sum()
+    noise = operator.to_nodes(torch.log(sigma / torch.exp(smooth) + 1e-5))
+    columns = [
+        (last - level) / 4,
+        *((curve - last).clamp(-CLIP, CLIP) for curve in (begin, lucy[0], lake, indirect.ln_I)),
+        *rows,
+        noise / 4,
+        torch.log(indirect.deviation + 1e-5) / 4,
+        (torch.log(indirect.chi2)[:, None] / 4).clamp(-2, 2).expand_as(last),
+        indirect.rank[:, None].expand_as(last),
+    ]
+    local = [*operator.local, operator.measured, operator.visible]
+    channels = torch.stack([*columns, *(row.expand_as(last) for row in local)], dim=1)
+    return Features(channels, last, indirect.ln_I, y, sigma, scale)
+
+
+def residual(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
+    """Show what an answer leaves over: (I - R exp(ln I)) / Idev on q_calc, compressed, shape (exposure, m)."""
+    rest = (I - operator.apply(torch.exp(ln_I))) / Idev
+    return operator.to_nodes(torch.asinh(rest).clamp(-CLIP, CLIP)) / 2 * operator.measured
+
+
+def start_curve(I: Tensor, Idev: Tensor) -> Tensor:
+    """Give ln of a positive, mildly smoothed curve: averages over as many points as it takes to rise above the noise.
+
+    Parameters
+    ----------
+    I, Idev
+        Shape (exposure, n), of any sign.
+    """
+    weight = Idev**-2 * (Idev.mean(dim=-1, keepdim=True) ** 2)
+    answer = torch.full_like(I, torch.nan)
+    value, error = I, Idev
+    for half in (0, 1, 4, 13, 40, 121):
+        if half >= I.shape[-1] // 2:
+            break
+        if half:
+            total = _window(weight, half)
+            value = _window(weight * I, half) / total
+            error = torch.sqrt(_window((weight * Idev) ** 2, half)) / total
+        clear = torch.isnan(answer) & (value > 3 * error)
+        answer = torch.where(clear, torch.log(value.clamp_min(1e-30)), answer)
+    floor = torch.log(torch.maximum(value, 0.5 * error).clamp_min(1e-30))
+    return torch.where(torch.isnan(answer), floor, answer)
+
+
+def _window(values: Tensor, half: int) -> Tensor:
+    """Sum over a moving window of 2 half + 1 points, cut at the ends."""
+    return functional.avg_pool1d(values[:, None], 2 * half + 1, 1, half, count_include_pad=False)[:, 0]
+
+
+def _extended(operator: Operator, ln_I: Tensor) -> Tensor:
+    """Continue ln I on q to q_calc: a power law above, constant below."""
+    last = operator.tail.shape[0]
+    slope = (ln_I[:, -last:] @ operator.tail).clamp(-4.0, 0.0)
+    return operator.to_nodes(ln_I) + slope[:, None] * operator.beyond
+
+
+def step(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
+    """Take one step of Richardson and Lucy: ``I R^T(ratio) / R^T 1``."""
+    back = _ratio(operator, ln_I, I, Idev) @ operator.matrix
+    factor = torch.where(operator.visible > 0, back / operator.seen, 1.0)
+    return ln_I + torch.log(factor.clamp(1e-3, 1e3))
+
+
+def _ratio(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
+    """Measured over re-smeared, damped towards 1 where the noise is larger than either."""
+    return (I.clamp_min(0) + Idev) / (operator.apply(torch.exp(ln_I)) + Idev)
+
+
+def _lake(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
+    """Lake's iteration, which undoes long slits in a few steps."""
+    for _ in range(LAKE_STEPS):
+        ln_I = ln_I + operator.to_nodes(torch.log(_ratio(operator, ln_I, I, Idev)))
+    return ln_I
+
+
+def _richardson_lucy(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> list[Tensor]:
+    """Richardson and Lucy's iteration (doi:10.1364/JOSA.62.000055), shown after some of its steps."""
+    shown = []
+    for number in range(1, RICHARDSON_LUCY[-1] + 1):
+        ln_I = step(operator, ln_I, I, Idev)
+        if number in RICHARDSON_LUCY:
+            shown.append(ln_I)
+    return shown
+
+
+def _slope(x: NDArray) -> NDArray:
+    """Weights w such that ``y @ w`` is the slope of the least-squares line through (x, y)."""
+    centred = x - x.mean()
+    return centred / (centred @ centred)

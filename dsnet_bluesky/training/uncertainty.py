@@ -1,0 +1,285 @@
+"""What a trained network's errors are worth: their parts, their resolution, their calibration, their range.
+
+All of it is learned when the answers are settled and does not change them. Repeated
+measurements of one sample tell which part of an error is noise; a comb of small bumps, put on the truth,
+tells what is left of each; validation families tell how much of the truth is within a
+stated error.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsnet_bluesky.features import Features, Operator, features_of
+from dsnet_bluesky.library.examples import Session, draw_instrument_of
+from dsnet_bluesky.library.instruments import Instrument
+from dsnet_bluesky.library.measurements import Measurement, draw_noise
+from dsnet_bluesky.library.samples import Library, draw_sample
+from dsnet_bluesky.smearing import Smearing
+from dsnet_bluesky.unrolled import Unrolled
+
+__all__ = ["Repeats", "calibrate", "learn_parts", "measure_repeats", "range_of"]
+
+Floats = NDArray[np.floating[Any]]
+
+TOOTH = 0.7
+"""Standard deviation of a tooth of the comb, in units of the operator (`Operator.unit`)."""
+
+SPACING = 8.0
+"""Distance of the teeth, in the same units."""
+
+HEIGHT = 0.15
+"""Height of a tooth in ln I."""
+
+DIRECTIONS = 16
+"""Principal directions in which the bottom of the network is compared with that of training."""
+
+STEPS = 3000
+"""Steps in which the parts are learned."""
+
+
+@dataclass
+class Repeats:
+    """Curves measured twice, and once more with the first noise on a truth that carries a comb.
+
+    Attributes
+    ----------
+    smearing
+        The operator.
+    once, again, combed
+        Features of the three measurements.
+    comb
+        Addition to ln I of the third truth on q_calc, shape (curve, m), and where its teeth are.
+    teeth
+        1 at the top of each tooth, shape (curve, m).
+    """
+
+    smearing: Smearing
+    once: Features
+    again: Features
+    combed: Features
+    comb: Tensor
+    teeth: Tensor
+
+    def operator(self, device: str) -> Operator:
+        """Give the operator on a device."""
+        return Operator(self.smearing, device, transform=False)
+
+
+def measure_repeats(place: list[int], library: Library, count: int, points: tuple[int, int]) -> Repeats:
+    """Measure samples three times with a random instrument.
+
+    Parameters
+    ----------
+    place
+        Seeds of the instrument and of all that is measured.
+    library
+        What samples are made of.
+    count
+        How many.
+    points
+        Least and largest number of q.
+    """
+    instrument = draw_instrument_of(place, points)
+    rng = np.random.default_rng([*place, 1])
+    operator = Operator(instrument.smearing)
+    combs = [_comb(rng, instrument, operator) for _ in range(count)]
+    rows = [_thrice(rng, instrument, library, comb[0]) for comb in combs]
+    once, again, combed = (
+        features_of(operator, np.array([row[k].I for row in rows]), np.array([row[k].Idev for row in rows])) for k in range(3)
+    )
+    nodes = instrument.smearing.q_calc.size
+    factor = (instrument.fine.size - 1) // (nodes - 1)
+    comb = torch.tensor(np.array([c[0][::factor] for c in combs]), dtype=torch.float32)
+    teeth = torch.tensor(np.array([c[1] for c in combs]), dtype=torch.float32)
+    return Repeats(instrument.smearing, once, again, combed, comb, teeth)
+
+
+def _comb(rng: np.random.Generator, instrument: Instrument, operator: Operator) -> tuple[Floats, Floats]:
+    """Give bumps on the fine grid, and where on q_calc their tops are."""
+    place = operator.place.numpy().astype(float)
+    fine = np.interp(instrument.fine, instrument.smearing.q_calc, place)
+    tops = np.arange(rng.uniform(0, SPACING), place[-1], SPACING)
+    bumps = HEIGHT * np.exp(-0.5 * ((fine[:, None] - tops) / TOOTH) ** 2).sum(axis=1)
+    teeth = np.zeros(place.size)
+    teeth[np.abs(place[:, None] - tops).argmin(axis=0)] = 1
+    return bumps, teeth
+
+
+def _thrice(rng: np.random.Generator, instrument: Instrument, library: Library, comb: Floats) -> list[Measurement]:
+    fine = instrument.fine
+    ideal = draw_sample(rng, library, instrument.view).I(fine)
+    smeared, combed = instrument.fine_smearing.apply(np.array([ideal, ideal * np.exp(comb)]))
+    noise = draw_noise(rng, instrument.smearing.q, smeared)
+    first, second = noise.measure(rng, smeared), noise.measure(rng, smeared)
+    # The same noise on the combed curve: what changes in the answer is the answer to the comb.
+    return [first, second, Measurement(first.I + combed - smeared, first.Idev)]
+
+
+def learn_parts(network: Unrolled, repeats: Sequence[Repeats], seed: int, device: str) -> None:
+    """Teach a trained network which part of its error is noise, and what it resolves; in place.
+
+    Parameters
+    ----------
+    network
+        Only its head `split` changes.
+    repeats
+        From `measure_repeats`.
+    seed, device
+        Of the order, and where to work.
+    """
+    cases = [_case(network, part, device) for part in repeats]
+    optimizer = torch.optim.Adam(network.split.parameters(), lr=3e-3)
+    rng = np.random.default_rng([seed, 4])
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / STEPS)
+        loss = _parts_loss(network, cases[rng.integers(len(cases))])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@dataclass
+class _Case:
+    """Answers of the settled network to repeats, and what its head for parts sees."""
+
+    seen: Tensor
+    ln_error: Tensor
+    scatter: Tensor
+    left: Tensor
+    teeth: Tensor
+    measured: Tensor
+
+
+@torch.no_grad()
+def _case(network: Unrolled, part: Repeats, device: str) -> _Case:
+    operator = part.operator(device)
+    batches = [Features(*(column.to(device) for column in features)) for features in (part.once, part.again, part.combed)]
+    answers = [network(operator, features) for features in batches]
+    levels = [answer.ln_I + torch.log(features.scale) for answer, features in zip(answers, batches, strict=True)]
+    left = (levels[2] - levels[0]) / part.comb.to(device).clamp_min(0.3 * HEIGHT)
+    seen = network.seen_by_split(operator, batches[0])
+    teeth = part.teeth.to(device) * operator.measured
+    return _Case(seen, answers[0].ln_error, (levels[0] - levels[1]) / 2**0.5, left.clamp(0, 1), teeth, operator.measured)
+
+
+def _parts_loss(network: Unrolled, case: _Case) -> Tensor:
+    """Likelihood of the scatter of repeats, and the distance of predicted from seen heights of teeth."""
+    ln_share, ln_resolved = network.parts(case.seen)
+    ln_noise = case.ln_error + ln_share
+    z = (case.scatter * torch.exp(-ln_noise)).abs()
+    surprise = torch.where(z < 4, 0.5 * z * z, 4 * z - 8) + ln_noise
+    likelihood = (surprise * case.measured).sum() / (case.measured.sum() * len(z))
+    height = TOOTH / torch.sqrt(TOOTH**2 + torch.exp(2 * ln_resolved))
+    misses = ((height - case.left).abs() * case.teeth).sum() / case.teeth.sum().clamp_min(1)
+    return likelihood + 3 * misses
+
+
+@torch.no_grad()
+def calibrate(network: Unrolled, sessions: Sequence[Session], knots: int = 8) -> dict[str, Any]:
+    """Find by how much stated errors must be multiplied for one of them to hold 68 % of the truth.
+
+    The factor is a smooth function of the stated error itself. Each session weighs the same at each knot.
+
+    Parameters
+    ----------
+    network
+        Settled.
+    sessions
+        Of validation families.
+    knots
+        Number of stated errors at which the factor is given.
+
+    Returns
+    -------
+    dict
+        ``ln_error``, ``ln_factor``, ``correlation_length``: the table ``calibration`` of a card.
+    """
+    stated, missed, products = [], [], []
+    for part in sessions:
+        features, ln_truth = part.batch(slice(None), part.operator.device)
+        answer = network(part.operator, features)
+        measured = part.operator.measured > 0
+        # A band is I - Idev to I + Idev: what counts is the error of I against that of the answer.
+        miss = torch.expm1(ln_truth - answer.ln_I).abs()
+        stated.append(answer.ln_error[:, measured].flatten())
+        missed.append(miss[:, measured].flatten())
+        z = ((ln_truth - answer.ln_I) * torch.exp(-answer.ln_error)).clamp(-3, 3)
+        products.append(_products(z, part.operator))
+    ln_error, miss = torch.cat(stated), torch.cat(missed)
+    edges = torch.quantile(ln_error[:: max(1, len(ln_error) // 100_000)], torch.linspace(0, 1, knots + 1))
+    centres, factors = [], []
+    for low, high in itertools.pairwise(edges):
+        inside = (ln_error >= low) & (ln_error <= high)
+        ratio = miss[inside] * torch.exp(-ln_error[inside])
+        centres.append(float(ln_error[inside].median()))
+        factors.append(float(torch.log(_factor(ratio))))
+    return {
+        "ln_error": [round(value, 4) for value in centres],
+        "ln_factor": [round(value, 4) for value in factors],
+        "correlation_length": round(_correlation_length(torch.cat(products)), 3),
+    }
+
+
+def _factor(ratio: Tensor) -> Tensor:
+    """Factor for which the shares within one and two errors are nearest to 69 and 95 %."""
+    trials = torch.exp(torch.linspace(-1.5, 1.5, 121))
+    ordered = ratio.sort().values
+    one, two = (torch.searchsorted(ordered, k * trials).float() / len(ordered) for k in (1, 2))
+    return trials[((one - 0.69).abs() + 2 * (two - 0.95).abs()).argmin()]
+
+
+LAGS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def _products(z: Tensor, operator: Operator) -> Tensor:
+    """Distances and products of scaled errors at several lags, shape (pair, 2)."""
+    rows = []
+    for lag in LAGS:
+        distance = operator.place[lag:] - operator.place[:-lag]
+        both = (operator.measured[lag:] * operator.measured[:-lag]) > 0
+        rows.append(torch.stack([distance[both], (z[:, lag:] * z[:, :-lag]).mean(dim=0)[both]], dim=1))
+    return torch.cat(rows)
+
+
+def _correlation_length(products: Tensor) -> float:
+    """Length for which exp(-(d / length)^2 / 2) is nearest to the mean products at the distances d."""
+    distance, product = products[:, 0], products[:, 1]
+    near = distance < 4
+    variance = product[distance < 0.3].mean().clamp_min(1e-3)
+    trials = torch.exp(torch.linspace(np.log(0.1), np.log(5), 80))
+    expected = torch.exp(-0.5 * (distance[near] / trials[:, None]) ** 2)
+    misses = (product[near] / variance - expected).square().mean(dim=1)
+    return float(trials[misses.argmin()])
+
+
+@torch.no_grad()
+def range_of(network: Unrolled, training: Sequence[Session], validation: Sequence[Session]) -> tuple[dict[str, Tensor], float]:
+    """Describe what the network saw in training: mean and whitening of its bottom, and the largest usual distance.
+
+    Returns
+    -------
+    dict of Tensor, float
+        ``mean`` (channel,) and ``whitening`` (channel, direction) of training; the distance
+        that one validation curve in a thousand exceeds.
+    """
+    deep = torch.cat([_bottom(network, part) for part in training])
+    mean = deep.mean(dim=0)
+    _, scales, directions = torch.linalg.svd(deep - mean, full_matrices=False)
+    whitening = directions[:DIRECTIONS].T / (scales[:DIRECTIONS] / len(deep) ** 0.5)
+    distances = torch.cat([((_bottom(network, part) - mean) @ whitening).square().mean(dim=1).sqrt() for part in validation])
+    return {"mean": mean, "whitening": whitening.contiguous()}, float(torch.quantile(distances, 0.999))
+
+
+def _bottom(network: Unrolled, part: Session) -> Tensor:
+    features, _ = part.batch(slice(None), part.operator.device)
+    return network(part.operator, features).deep

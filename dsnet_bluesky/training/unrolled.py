@@ -1,0 +1,433 @@
+"""Training of the unrolled network: a library, sessions with random instruments, and steps through them.
+
+Everything follows from the seed of the recipe. Sessions are written to the directory of the
+training as they are made, by several processes, and kept when it is interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import datetime
+import importlib.metadata
+import math
+import multiprocessing
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.library.examples import Session, draw_instrument_of, load_session, measure, save_session, session
+from dsnet_bluesky.library.samples import Library, families_of, load_library, make_library, save_library
+from dsnet_bluesky.unrolled import Answer, Unrolled, UnrolledConfig
+from dsnet_bluesky.versions import WEIGHTS, sha256_of, write_card
+
+from .machine import hardware
+from .uncertainty import Repeats, calibrate, learn_parts, measure_repeats, range_of
+
+__all__ = ["Progress", "Recipe", "Training", "evaluate", "loss_of", "make_sessions", "train"]
+
+CHECKPOINT = "checkpoint.pt"
+LIBRARY = "library.npz"
+SESSIONS = "sessions"
+
+CHECKPOINT_EVERY = 1000
+"""Steps between two checkpoints and looks at the validation families."""
+
+REPEATED_CURVES = 16
+"""Curves of each session of repeats."""
+
+WARM_UP = 200
+"""Steps over which the step size rises."""
+
+BEYOND_WEIGHT = 0.1
+"""Weight in the loss of nodes that nothing was measured at."""
+
+FAR = 4.0
+"""Errors of more than so many standard deviations count linearly."""
+
+AVERAGE = 0.999
+"""Weights are averaged over about 1 / (1 - AVERAGE) steps; the average is what is released."""
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """How many sessions, of how many curves, on how many points."""
+
+    sessions: int
+    curves: int
+    validation_sessions: int
+    validation_curves: int
+    repeats: int
+    points: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of AdamW: each sees `batch` curves of one session; the step size falls as a cosine to a hundredth."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of a training, and the words for its card."""
+
+    name: str
+    version: str
+    licence: str
+    seed: int
+    architecture: UnrolledConfig
+    data: DataRecipe
+    schedule: Schedule
+    card: dict[str, Any]
+    source: str = field(repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a recipe from TOML.
+
+        Raises
+        ------
+        BadInput
+            If it is not TOML, or a key is missing or unknown.
+        """
+        try:
+            values = tomllib.loads(text)
+            data = values.pop("data")
+            data["points"] = tuple(data["points"])
+            return cls(
+                architecture=UnrolledConfig.from_dict(values.pop("architecture")),
+                data=DataRecipe(**data),
+                schedule=Schedule(**values.pop("schedule")),
+                source=text,
+                **values,
+            )
+        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+            raise BadInput(f"The recipe cannot be read ({error}); compare it with models/dsnet-2.0.0/recipe.toml.") from error
+
+    @property
+    def numbers(self) -> str:
+        """The recipe without the words for its card: what a checkpoint depends on."""
+        return self.source.partition("[card]")[0]
+
+
+class Progress(NamedTuple):
+    """Where a training stands: geometric means over validation curves of the mean squared error of ln I."""
+
+    step: int
+    loss: float
+    validation: float
+    untreated: float
+    indirect: float
+    inside: float
+    """Share of validation points within one stated error."""
+    inside_two: float
+    """Within two."""
+
+
+def make_sessions(
+    directory: Path, recipe: Recipe, split: str, count: int, curves: int, notify: Callable[[int, int], None] | None = None
+) -> list[Path]:
+    """Make the sessions of a set that are not there yet, in as many processes as there are cores.
+
+    Parameters
+    ----------
+    directory
+        Of the training; it must hold the library.
+    recipe
+        Gives the seed and the range of points.
+    split
+        training, validation or test.
+    count, curves
+        How many sessions, with how many curves each.
+    notify
+        Called with the number made and the number wanted.
+    """
+    folder = directory / SESSIONS / split
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:05d}.pt" for number in range(count)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, _start_worker, (str(directory / LIBRARY), split)) as pool:
+        jobs = [pool.submit(_make_session, paths[k], split, recipe.seed, k, curves, recipe.data.points) for k in missing]
+        for done, job in enumerate(as_completed(jobs), count - len(missing) + 1):
+            job.result()
+            if notify is not None:
+                notify(done, count)
+    return paths
+
+
+_LIBRARY: Library | None = None
+
+
+def _start_worker(path: str, split: str) -> None:
+    global _LIBRARY
+    torch.set_num_threads(1)
+    _LIBRARY = load_library(Path(path), split)
+
+
+def _make_session(path: Path, split: str, seed: int, number: int, curves: int, points: tuple[int, int]) -> None:
+    assert _LIBRARY is not None
+    place = [seed, ("training", "validation", "test").index(split), number]
+    instrument = draw_instrument_of(place, points)
+    measured = measure(np.random.default_rng([*place, 1]), instrument, _LIBRARY, curves)
+    save_session(path, session(measured))
+
+
+def loss_of(answer: Answer, ln_truth: Tensor, measured: Tensor) -> Tensor:
+    """Loss of a batch.
+
+    The likelihood of the truth under the stated errors, each point weighted with the root of its error (M. Seitzer
+    et al., ICLR 2022, arXiv:2203.09168) so that neither hopeless nor easy points rule; far outliers
+    count linearly; and, so that every U-Net knows where to go, the absolute error of both proposals.
+
+    Parameters
+    ----------
+    answer
+        Of the network.
+    ln_truth
+        Shape (curve, m).
+    measured
+        1 at nodes near measured points, shape (m,).
+    """
+    weight = (measured + BEYOND_WEIGHT) / (measured + BEYOND_WEIGHT).sum() / len(ln_truth)
+    error = answer.ln_I - ln_truth
+    z = (error * torch.exp(-answer.ln_error)).abs()
+    surprise = torch.where(z < FAR, 0.5 * z * z, FAR * z - 0.5 * FAR**2) + answer.ln_error
+    likelihood = (weight * surprise * torch.exp(0.5 * answer.ln_error.detach())).sum()
+    sizes = [(weight * torch.sqrt(e.square() + 1e-5)).sum() for e in (error, answer.first - ln_truth)]
+    return likelihood + 0.3 * sizes[0] + 0.3 * sizes[1]
+
+
+class Training:
+    """A network on its way.
+
+    Parameters
+    ----------
+    recipe
+        What to do.
+    device
+        Where to do it.
+    """
+
+    def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
+        self.recipe, self.device = recipe, device
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(recipe.seed)
+            self.network = Unrolled(recipe.architecture).to(device)
+        self.average = copy.deepcopy(self.network)
+        schedule = recipe.schedule
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[Progress] = []
+
+    def learn(self, sessions: list[Session], validation: list[Session], directory: Path, notify: Any = None) -> None:
+        """Take the steps that are left, with a checkpoint and a look at the validation curves now and then."""
+        started, losses = time.perf_counter() - self.seconds, []
+        while self.step < self.recipe.schedule.steps:
+            epoch, place = divmod(self.step, len(sessions))
+            # Seeded by the epoch and the step, the order needs no place in the checkpoint.
+            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(len(sessions))
+            losses.append(self._take(sessions[order[place]]))
+            if self.step % CHECKPOINT_EVERY == 0 or self.step == self.recipe.schedule.steps:
+                self.seconds = time.perf_counter() - started
+                self.history.append(Progress(self.step, float(np.mean(losses)), *evaluate(self.average, validation)))
+                losses = []
+                self.save(directory / CHECKPOINT)
+                if notify is not None:
+                    notify(self.history[-1])
+
+    def _take(self, session: Session) -> float:
+        schedule = self.recipe.schedule
+        rng = np.random.default_rng([self.recipe.seed, self.step, 2])
+        chosen = torch.as_tensor(rng.permutation(len(session.ln_truth))[: schedule.batch])
+        features, ln_truth = session.batch(chosen, self.device)
+        progress = self.step / schedule.steps
+        rate = schedule.learning_rate * min(1.0, (self.step + 1) / WARM_UP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16):
+            answer = self.network(session.operator, features)
+        loss = loss_of(answer, ln_truth, session.operator.measured)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.step += 1
+        share = 1 - min(AVERAGE, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            for slow, fast in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                slow.lerp_(fast, share)
+        return loss.item()
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; a crash while writing leaves the one before."""
+        partial = path.with_suffix(".partial")
+        state = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
+        history = [tuple(progress) for progress in self.history]
+        torch.save(
+            {**state, "step": self.step, "seconds": self.seconds, "history": history, "recipe": self.recipe.numbers}, partial
+        )
+        os.replace(partial, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint, if there is one.
+
+        Raises
+        ------
+        BadInput
+            If the checkpoint was written by another recipe.
+        """
+        if not path.exists():
+            return
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["recipe"] != self.recipe.numbers:
+            raise BadInput(f"{path} belongs to another recipe; delete it or give another directory.")
+        for name in ("network", "average", "optimizer"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.history = [Progress(*progress) for progress in saved["history"]]
+
+
+@torch.no_grad()
+def evaluate(network: Unrolled, sessions: Iterable[Session]) -> tuple[float, float, float, float, float]:
+    """Give the geometric means of the error, before and after, and the shares within one and two stated errors."""
+    errors, inside = [], []
+    for part in sessions:
+        measured = part.operator.measured > 0
+        features, ln_truth = part.batch(slice(None), part.operator.device)
+        answer = network(part.operator, features)
+        z = ((answer.ln_I - ln_truth) * torch.exp(-answer.ln_error))[:, measured].abs()
+        inside.append([float((z < k).float().mean()) for k in (1, 2)])
+        curves = (answer.ln_I, features.start, features.indirect)
+        errors.append(torch.stack([(c - ln_truth)[:, measured].square().mean(dim=1) for c in curves], dim=1))
+    means = torch.exp(torch.log(torch.cat(errors) + 1e-9).mean(dim=0)).tolist()
+    shares = np.mean(inside, axis=0).tolist()
+    return means[0], means[1], means[2], shares[0], shares[1]
+
+
+def prepare(recipe: Recipe, directory: Path, notify: Any = None) -> tuple[list[Session], list[Session]]:
+    """Make, or find, the library and the sessions of a recipe; sessions come back in memory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / LIBRARY).exists():
+        save_library(directory / LIBRARY, make_library(recipe.seed, ("training", "validation")))
+    data = recipe.data
+    training = make_sessions(directory, recipe, "training", data.sessions, data.curves, notify)
+    validation = make_sessions(directory, recipe, "validation", data.validation_sessions, data.validation_curves, notify)
+    return [load_session(path) for path in training], [load_session(path) for path in validation]
+
+
+def train(recipe: Recipe, directory: Path, *, device: str = "cpu", notify: Callable[[int, int, str], None] | None = None) -> None:
+    """Follow a recipe: library, sessions, steps, uncertainty, and the folder of the model.
+
+    Parameters
+    ----------
+    recipe
+        What to do.
+    directory
+        Where everything is kept while it goes on, and where the model is written.
+    device
+        Where the network learns.
+    notify
+        See `training.train`.
+    """
+    say = notify or (lambda done, total, word: None)
+    sessions, validation = prepare(recipe, directory, lambda done, total: say(done, total, "sessions"))
+    state = Training(recipe, device)
+    state.resume(directory / CHECKPOINT)
+    steps = recipe.schedule.steps
+    words = "loss {:.3f}, validation {:.2g}"
+    state.learn(sessions, validation, directory, lambda p: say(p.step, steps, words.format(p.loss, p.validation)))
+    finish(recipe, directory, state, sessions, validation)
+
+
+def finish(recipe: Recipe, directory: Path, state: Training, sessions: list[Session], validation: list[Session]) -> None:
+    """Learn what the errors of a trained network are made of, and write the model."""
+    started = time.perf_counter()
+    network = state.average
+    learn_parts(network, make_repeats(directory, recipe), recipe.seed, state.device)
+    calibration = calibrate(network, validation)
+    seen, farthest = range_of(network, sessions, validation)
+    state.seconds += time.perf_counter() - started
+    tensors = {**network.state_dict(), **{f"range.{name}": tensor for name, tensor in seen.items()}}
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    (directory / WEIGHTS).write_bytes(save(content))  # save_file would let nobody else read it
+    (directory / "recipe.toml").write_text(recipe.source, encoding="utf-8")
+    write_history(directory, state.history)
+    card = describe(recipe, state, sha256_of(directory / WEIGHTS), sessions)
+    write_card(directory, {**card, "calibration": {**calibration, "farthest": round(farthest, 3)}})
+
+
+def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Session]) -> dict[str, Any]:
+    """Compose the card of a trained model, but for its calibration."""
+    last = state.history[-1]
+    widths = torch.cat([part.operator.local[1] for part in sessions])
+    return {
+        "name": recipe.name,
+        "version": recipe.version,
+        "licence": recipe.licence,
+        "weights_sha256": sha256,
+        **recipe.card,
+        "architecture": {**recipe.architecture.to_dict(), "parameters": state.network.parameter_count},
+        "data": {
+            "sessions": recipe.data.sessions,
+            "curves": sum(len(part.ln_truth) for part in sessions),
+            **{split: families_of(split) for split in ("training", "validation", "test")},
+        },
+        "ranges": {
+            "points": list(recipe.data.points),
+            "width_in_steps": [0.0, round(float(torch.exp(2 * torch.quantile(widths, 0.995))), 1)],
+            "widths_in_range": [round(min(_widths_in_range(part) for part in sessions), 1), None],
+        },
+        "figures": {name: float(f"{value:.4g}") for name, value in last._asdict().items()},
+        "made": {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "hardware": hardware(state.device),
+            "seconds": round(state.seconds),
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "sasmodels")},
+        },
+    }
+
+
+def _widths_in_range(part: Session) -> float:
+    smearing = part.operator.smearing
+    return float(np.ptp(smearing.q) / max(np.median(smearing.widths), 1e-12))
+
+
+def make_repeats(directory: Path, recipe: Recipe) -> list[Repeats]:
+    """Measure samples of the training families repeatedly, in as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, _start_worker, (str(directory / LIBRARY), "training")) as pool:
+        jobs = [pool.submit(_repeat, recipe.seed, number, recipe.data.points) for number in range(recipe.data.repeats)]
+        return [job.result() for job in jobs]
+
+
+def _repeat(seed: int, number: int, points: tuple[int, int]) -> Repeats:
+    assert _LIBRARY is not None
+    return measure_repeats([seed, 3, number], _LIBRARY, REPEATED_CURVES, points)
+
+
+def write_history(directory: Path, history: list[Progress]) -> None:
+    """Write the progress of a training as CSV."""
+    with (directory / "history.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Progress._fields)
+        writer.writerows([p.step, *(f"{value:.6g}" for value in p[1:])] for p in history)
