@@ -11,6 +11,7 @@ batched over curves. It moves an answer only as far as its own error allows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,17 @@ from torch import Tensor
 
 from .features import Operator
 
-__all__ = ["Proximal", "correlation", "proximal"]
+__all__ = ["CORRELATION_LENGTHS", "Proximal", "correlation", "counted", "proximal"]
 
 STEP_LIMIT = 1.0
 """Largest change of ln I in one step: a linearisation is trusted no further."""
+
+
+CORRELATION_LENGTHS = (0.5, 1.5, 5.0, 16.0)
+"""Lengths over which errors of ln I are correlated, in local resolutions."""
+
+OWN = 1e-3
+"""Least part of the variance that is a node's own."""
 
 
 class Proximal(NamedTuple):
@@ -33,17 +41,26 @@ class Proximal(NamedTuple):
     """One standard deviation of ln I under both the proposal and the measurement, shape (exposure, m)."""
 
 
-def correlation(place: Tensor, length: float) -> Tensor:
-    """Correlation of the errors of ln I between nodes, shape (m, m).
+def counted(q_calc: Tensor, resolution: Tensor) -> Tensor:
+    """Count q in local resolutions from the first node on, shape (..., m)."""
+    steps = 2 * q_calc.diff() / (resolution[..., 1:] + resolution[..., :-1])
+    return torch.cat([torch.zeros_like(resolution[..., :1]), steps.cumsum(dim=-1)], dim=-1)
+
+
+def correlation(place: Tensor, shares: Sequence[float]) -> Tensor:
+    """Correlation of the errors of ln I between nodes, shape (..., m, m).
 
     Parameters
     ----------
     place
-        q_calc in local widths of the answer, shape (m,).
-    length
-        Distance over which errors are correlated, in those widths.
+        q_calc in local resolutions of the answer (`counted`), shape (..., m).
+    shares
+        Parts of the variance that are correlated over each of `CORRELATION_LENGTHS`; the rest is a node's own.
     """
-    return torch.exp(-0.5 * ((place[:, None] - place) / length) ** 2)
+    square = (place[..., :, None] - place[..., None, :]) ** 2
+    parts = [share * torch.exp(-0.5 * square / length**2) for share, length in zip(shares, CORRELATION_LENGTHS, strict=True)]
+    own = max(1 - sum(shares), OWN)
+    return torch.stack(parts).sum(dim=0) + own * torch.eye(place.shape[-1], dtype=place.dtype, device=place.device)
 
 
 def proximal(
@@ -58,7 +75,7 @@ def proximal(
     ln_I, error
         Proposal and its standard deviation on q_calc, shape (exposure, m).
     correlated
-        Correlation of its errors, shape (m, m).
+        Correlation of its errors, shape (exposure, m, m).
     I, Idev
         Measured curves, shape (exposure, n), in the same unit.
     steps

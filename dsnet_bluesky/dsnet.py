@@ -4,7 +4,7 @@ What a curve goes through:
 
 1. points much closer than the smearing is wide are averaged (`working`);
 2. `features` are computed with the exact operator, and the network (`unrolled`) answers;
-3. where that answer, smeared again, misses the measurement by more than chance, exact proximal
+3. where that answer, smeared again, misses the measurement clearly, exact proximal
    steps move it there as far as its error allows (`consistency`);
 4. where even that misses, or the curve is like none that the network was trained on, the result is flagged, and
    a classical method with better evidence takes its place.
@@ -13,7 +13,7 @@ Uncertainty
     `Idev` is the network's error, scaled on validation families until one and two of it
     held 68 and 95 % of the truth. Of it the noise of the measurement makes `Idev_noise`; the rest,
     ``sqrt(Idev^2 - Idev_noise^2)``, is what the network does not know. Errors of neighbours are
-    correlated over `correlation_length` local resolutions: see `covariance_factor`.
+    correlated: see `desmearing.covariance`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .consistency import correlation, proximal
+from .consistency import correlation, counted, proximal
 from .data import Flag
 from .desmearing import Solution
 from .desmearing.ift import IFT
@@ -34,7 +34,7 @@ from .desmearing.kernels import straightened, widths_below
 from .desmearing.map import MAP
 from .features import Operator, features_of
 from .smearing import Smearing
-from .unrolled import Answer, Unrolled, UnrolledConfig
+from .unrolled import Unrolled, UnrolledConfig
 from .versions import Model, load_model
 from .working import Working
 
@@ -45,8 +45,8 @@ Floats = NDArray[np.floating[Any]]
 BATCH_NODES = 60_000
 """Nodes of all curves that are worked on at once: they stay in the caches of a CPU."""
 
-CHANCE = 4.0
-"""A chi2 is more than chance where it is above 1 by so many of its own standard deviations, sqrt(2 / n)."""
+MISSED = 3.0
+"""chi2 above which an answer takes proximal steps: below it they hurt as often as they help (docs/explanation/dsnet.md)."""
 
 POOR = 2.0
 """chi2 above which the classical methods are asked."""
@@ -91,7 +91,7 @@ class DSNet:
         self.operator = Operator(self.working.smearing, device)
         self.calibration = Calibration(self.model.card["calibration"], device)
         self._unusual = unusual_operator(self.working.smearing, self.model.card["ranges"])
-        self._place = self.operator.place
+        self._nodes = torch.tensor(np.array(self.working.smearing.q_calc), device=self.operator.device)
         self._classical: dict[str, Any] = {}
 
     def __call__(self, I: Floats, Idev: Floats) -> Solution:
@@ -106,7 +106,7 @@ class DSNet:
         -------
         Solution
             ``attrs`` hold for every exposure what answered (``network``, ``proximal``, ``map``
-            or ``ift``), its chi2 before any step, and the length over which errors are correlated.
+            or ``ift``), its chi2 before any step, and how errors are correlated.
         """
         batch = max(1, BATCH_NODES // self.operator.smearing.q_calc.size)
         parts = [self._pass(I[i : i + batch], Idev[i : i + batch]) for i in range(0, len(I), batch)]
@@ -125,13 +125,12 @@ class DSNet:
         ln_I, error = answer.ln_I.double(), self.calibration(answer.ln_error).double()
         before = self._chi2(ln_I, features.I, features.Idev)
         moved = torch.zeros_like(before, dtype=torch.bool)
+        width = torch.exp(answer.ln_resolved) * self.operator.unit
         if self.consistency:
-            moved = before > 1 + CHANCE * np.sqrt(2 / I.shape[-1])
-            rows = moved.nonzero()[:, 0]
-            for chunk in rows.split(8):
-                ln_I[chunk], error[chunk] = self._proximal(ln_I[chunk], error[chunk], features.I[chunk], features.Idev[chunk])
+            moved = before > MISSED
+            for rows in moved.nonzero()[:, 0].split(8):
+                ln_I[rows] = self._proximal(ln_I[rows], error[rows], width[rows], features.I[rows], features.Idev[rows])
         after = self._chi2(ln_I, features.I, features.Idev)
-        width = self._resolved(answer)
         columns = (ln_I + torch.log(features.scale), error, error * answer.ln_share.exp(), width, before, after, moved)
         flags = torch.where(self._distance(answer.deep) > self.calibration.farthest, int(Flag.OUT_OF_RANGE), 0) | self._unusual
         return _Found(*(column.cpu().numpy() for column in (*columns, flags)))
@@ -140,14 +139,10 @@ class DSNet:
         rest = (torch.exp(ln_I) @ self.operator.matrix.double().T - I) / Idev
         return rest.square().mean(dim=-1)
 
-    def _proximal(self, ln_I: Tensor, error: Tensor, I: Tensor, Idev: Tensor) -> tuple[Tensor, Tensor]:
-        correlated = correlation(self._place, self.calibration.length)
-        moved = proximal(self.operator, ln_I, error, correlated, I, Idev)
-        return moved.ln_I, moved.error
-
-    def _resolved(self, answer: Answer) -> Tensor:
-        """Resolution that is left, in 1/nm, on q_calc."""
-        return torch.exp(answer.ln_resolved) * self.operator.unit
+    def _proximal(self, ln_I: Tensor, error: Tensor, width: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
+        """Move answers towards the measurement; their errors stay, which is on the safe side."""
+        correlated = correlation(counted(self._nodes, width.double()), self.calibration.correlation["shares"])
+        return proximal(self.operator, ln_I, error, correlated, I, Idev).ln_I
 
     def _distance(self, deep: Tensor) -> Tensor:
         """Mahalanobis distance of the bottom of the network from what training showed it."""
@@ -168,7 +163,7 @@ class DSNet:
             attrs={
                 "answer": [("proximal" if moved else "network") for moved in found.moved],
                 "chi2_network": [float(f"{value:.4g}") for value in found.before],
-                "correlation_length": [self.calibration.length] * len(found.before),
+                "correlation": self.calibration.correlation,
             },
         )
 
@@ -180,7 +175,6 @@ class DSNet:
                 continue
             _replace(solution, int(row), self.smearing, other)
             solution.attrs["answer"][row] = name
-            solution.attrs["correlation_length"][row] = None
 
     def _best_classical(self, I: Floats, Idev: Floats) -> tuple[str, Solution]:
         """Indirect transform or prior on ln I: the one with few parameters where it fits about as well."""
@@ -229,14 +223,14 @@ class Calibration:
     ----------
     card
         The table ``calibration`` of a model's card: ``ln_error``, where the factor is known;
-        ``ln_factor``, its logarithm there; ``correlation_length``, in resolutions; ``farthest``, the largest
-        distance of a curve that is like those of training.
+        ``ln_factor``, its logarithm there; ``correlation``, lengths in resolutions and shares of the variance;
+        ``farthest``, the largest distance of a curve that is like those of training.
     device
         Where errors live.
     """
 
     def __init__(self, card: dict[str, Any], device: str) -> None:
-        self.length = float(card["correlation_length"])
+        self.correlation = dict(card["correlation"])
         self.farthest = float(card["farthest"])
         self._knots = torch.tensor(card["ln_error"], dtype=torch.float32, device=device)
         self._values = torch.tensor(card["ln_factor"], dtype=torch.float32, device=device)
@@ -261,10 +255,10 @@ def load_network(model: Model, device: str = "cpu") -> tuple[Unrolled, dict[str,
 
 def unusual_operator(smearing: Smearing, ranges: dict[str, Any]) -> int:
     """OUT_OF_RANGE for an operator that training knew nothing like, else 0."""
-    steps = np.gradient(smearing.q)
-    width = float(np.median(widths_below(smearing) / steps))
-    span = float(np.ptp(smearing.q) / max(np.median(smearing.widths), 1e-12))
-    outside = smearing.q.size < ranges["points"][0] or width > ranges["width_in_steps"][1] or span < ranges["widths_in_range"][0]
+    below = widths_below(smearing)
+    width = float(np.median(below / np.gradient(smearing.q)))
+    span = float(np.ptp(smearing.q) / max(np.median(below), 1e-12))
+    outside = smearing.q.size < ranges["points"][0] or width > ranges["width_in_steps"] or span < ranges["widths_in_range"]
     return int(Flag.OUT_OF_RANGE) if outside else 0
 
 

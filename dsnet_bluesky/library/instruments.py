@@ -247,8 +247,8 @@ def _coverage(rng: np.random.Generator, q: Floats) -> Build:
 
 
 def _slit(rng: np.random.Generator, q: Floats) -> Build:
-    """Bonse-Hart and Kratky: long against the range, or short."""
-    length = _log(rng, 0.01, 0.6) * q[-1]
+    """Bonse-Hart and Kratky: from short against the range to far longer than it."""
+    length = _log(rng, 0.01, 50) * q[-1]
     width = rng.choice([0.0, 0.5 * float(np.median(_local_steps(q)))])
     if rng.random() < 0.5:
         return lambda nodes: Smearing.slit(q, length, width, q_calc=nodes)

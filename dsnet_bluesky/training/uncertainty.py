@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 from torch import Tensor
 
+from dsnet_bluesky.consistency import CORRELATION_LENGTHS, counted
 from dsnet_bluesky.features import Features, Operator, features_of
 from dsnet_bluesky.library.examples import Session, draw_instrument_of
 from dsnet_bluesky.library.instruments import Instrument
@@ -41,6 +43,9 @@ HEIGHT = 0.15
 
 DIRECTIONS = 16
 """Principal directions in which the bottom of the network is compared with that of training."""
+
+LAGS = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60)
+"""Distances in nodes at which the correlation of errors is looked at."""
 
 STEPS = 3000
 """Steps in which the parts are learned."""
@@ -93,14 +98,14 @@ def measure_repeats(place: list[int], library: Library, count: int, points: tupl
     operator = Operator(instrument.smearing)
     combs = [_comb(rng, instrument, operator) for _ in range(count)]
     rows = [_thrice(rng, instrument, library, comb[0]) for comb in combs]
-    once, again, combed = (
-        features_of(operator, np.array([row[k].I for row in rows]), np.array([row[k].Idev for row in rows])) for k in range(3)
-    )
+    made = [features_of(operator, np.array([r[k].I for r in rows]), np.array([r[k].Idev for r in rows])) for k in range(3)]
+    good = torch.stack([torch.isfinite(features.channels).all(dim=(1, 2)) for features in made]).all(dim=0)
+    once, again, combed = (Features(*(part[good] for part in features)) for features in made)
     nodes = instrument.smearing.q_calc.size
     factor = (instrument.fine.size - 1) // (nodes - 1)
     comb = torch.tensor(np.array([c[0][::factor] for c in combs]), dtype=torch.float32)
     teeth = torch.tensor(np.array([c[1] for c in combs]), dtype=torch.float32)
-    return Repeats(instrument.smearing, once, again, combed, comb, teeth)
+    return Repeats(instrument.smearing, once, again, combed, comb[good], teeth[good])
 
 
 def _comb(rng: np.random.Generator, instrument: Instrument, operator: Operator) -> tuple[Floats, Floats]:
@@ -202,7 +207,7 @@ def calibrate(network: Unrolled, sessions: Sequence[Session], knots: int = 8) ->
     Returns
     -------
     dict
-        ``ln_error``, ``ln_factor``, ``correlation_length``: the table ``calibration`` of a card.
+        ``ln_error``, ``ln_factor``, ``correlation``: the table ``calibration`` of a card.
     """
     stated, missed, products = [], [], []
     for part in sessions:
@@ -214,7 +219,8 @@ def calibrate(network: Unrolled, sessions: Sequence[Session], knots: int = 8) ->
         stated.append(answer.ln_error[:, measured].flatten())
         missed.append(miss[:, measured].flatten())
         z = ((ln_truth - answer.ln_I) * torch.exp(-answer.ln_error)).clamp(-3, 3)
-        products.append(_products(z, part.operator))
+        z = z / z[:, measured].square().mean().sqrt()
+        products.append(_products(z, answer.ln_resolved, part.operator))
     ln_error, miss = torch.cat(stated), torch.cat(missed)
     edges = torch.quantile(ln_error[:: max(1, len(ln_error) // 100_000)], torch.linspace(0, 1, knots + 1))
     centres, factors = [], []
@@ -226,7 +232,7 @@ def calibrate(network: Unrolled, sessions: Sequence[Session], knots: int = 8) ->
     return {
         "ln_error": [round(value, 4) for value in centres],
         "ln_factor": [round(value, 4) for value in factors],
-        "correlation_length": round(_correlation_length(torch.cat(products)), 3),
+        "correlation": {"lengths": list(CORRELATION_LENGTHS), "shares": _correlation(torch.cat(products))},
     }
 
 
@@ -238,28 +244,29 @@ def _factor(ratio: Tensor) -> Tensor:
     return trials[((one - 0.69).abs() + 2 * (two - 0.95).abs()).argmin()]
 
 
-LAGS = (1, 2, 3, 4, 6, 8, 12, 16)
-
-
-def _products(z: Tensor, operator: Operator) -> Tensor:
-    """Distances and products of scaled errors at several lags, shape (pair, 2)."""
+def _products(z: Tensor, ln_resolved: Tensor, operator: Operator) -> Tensor:
+    """Distances in resolutions, and products of scaled errors, of pairs of nodes at several lags, shape (pair, 2)."""
+    nodes = operator.tensor(operator.smearing.q_calc)
+    place = counted(nodes, torch.exp(ln_resolved) * operator.unit)
     rows = []
     for lag in LAGS:
-        distance = operator.place[lag:] - operator.place[:-lag]
         both = (operator.measured[lag:] * operator.measured[:-lag]) > 0
-        rows.append(torch.stack([distance[both], (z[:, lag:] * z[:, :-lag]).mean(dim=0)[both]], dim=1))
+        distance, product = place[:, lag:] - place[:, :-lag], z[:, lag:] * z[:, :-lag]
+        rows.append(torch.stack([distance[:, both].flatten(), product[:, both].flatten()], dim=1))
     return torch.cat(rows)
 
 
-def _correlation_length(products: Tensor) -> float:
-    """Length for which exp(-(d / length)^2 / 2) is nearest to the mean products at the distances d."""
-    distance, product = products[:, 0], products[:, 1]
-    near = distance < 4
-    variance = product[distance < 0.3].mean().clamp_min(1e-3)
-    trials = torch.exp(torch.linspace(np.log(0.1), np.log(5), 80))
-    expected = torch.exp(-0.5 * (distance[near] / trials[:, None]) ** 2)
-    misses = (product[near] / variance - expected).square().mean(dim=1)
-    return float(trials[misses.argmin()])
+def _correlation(products: Tensor) -> list[float]:
+    """Shares of the variance that are correlated over each of `CORRELATION_LENGTHS`, by non-negative least squares."""
+    edges = np.geomspace(0.1, 40, 25)
+    distance, product = products.numpy().T
+    place = np.digitize(distance, edges)
+    inside = [place == k for k in range(1, len(edges)) if (place == k).sum() > 100]
+    centres = np.array([distance[k].mean() for k in inside])
+    means = np.array([product[k].mean() for k in inside])
+    kernels = np.exp(-0.5 * (centres[:, None] / np.array(CORRELATION_LENGTHS)) ** 2)
+    shares, _ = nnls(kernels, means)
+    return [round(float(share), 3) for share in shares / max(1.0, shares.sum())]
 
 
 @torch.no_grad()

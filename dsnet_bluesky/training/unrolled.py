@@ -23,10 +23,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import Tensor
 
 from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.desmearing.kernels import widths_below
 from dsnet_bluesky.library.examples import Session, draw_instrument_of, load_session, measure, save_session, session
 from dsnet_bluesky.library.samples import Library, families_of, load_library, make_library, save_library
 from dsnet_bluesky.unrolled import Answer, Unrolled, UnrolledConfig
@@ -379,7 +381,6 @@ def finish(recipe: Recipe, directory: Path, state: Training, sessions: list[Sess
 def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Session]) -> dict[str, Any]:
     """Compose the card of a trained model, but for its calibration."""
     last = state.history[-1]
-    widths = torch.cat([part.operator.local[1] for part in sessions])
     return {
         "name": recipe.name,
         "version": recipe.version,
@@ -394,8 +395,8 @@ def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Sessio
         },
         "ranges": {
             "points": list(recipe.data.points),
-            "width_in_steps": [0.0, round(float(torch.exp(2 * torch.quantile(widths, 0.995))), 1)],
-            "widths_in_range": [round(min(_widths_in_range(part) for part in sessions), 1), None],
+            "width_in_steps": round(float(np.quantile([_width_in_steps(part) for part in sessions], 0.995)), 1),
+            "widths_in_range": round(float(np.quantile([_widths_in_range(part) for part in sessions], 0.005)), 1),
         },
         "figures": {name: float(f"{value:.4g}") for name, value in last._asdict().items()},
         "made": {
@@ -407,9 +408,14 @@ def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Sessio
     }
 
 
+def _width_in_steps(part: Session) -> float:
+    smearing = part.operator.smearing
+    return float(np.median(widths_below(smearing) / np.gradient(smearing.q)))
+
+
 def _widths_in_range(part: Session) -> float:
     smearing = part.operator.smearing
-    return float(np.ptp(smearing.q) / max(np.median(smearing.widths), 1e-12))
+    return float(np.ptp(smearing.q) / max(np.median(widths_below(smearing)), 1e-12))
 
 
 def make_repeats(directory: Path, recipe: Recipe) -> list[Repeats]:
@@ -426,8 +432,17 @@ def _repeat(seed: int, number: int, points: tuple[int, int]) -> Repeats:
 
 
 def write_history(directory: Path, history: list[Progress]) -> None:
-    """Write the progress of a training as CSV."""
+    """Write the progress of a training as CSV and as a figure."""
     with (directory / "history.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Progress._fields)
         writer.writerows([p.step, *(f"{value:.6g}" for value in p[1:])] for p in history)
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy([p.step for p in history], [p.validation for p in history], label="validation families")
+    axes.axhline(history[-1].indirect, color="C2", ls="--", label="the same by the indirect transform")
+    axes.axhline(history[-1].untreated, color="0.5", ls="--", label="the same by 20 Richardson-Lucy steps")
+    axes.set(xlabel="step", ylabel="geometric mean of the mean squared error of ln I", xlim=(0, history[-1].step * 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(directory / "history.png", dpi=150)

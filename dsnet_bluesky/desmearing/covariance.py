@@ -1,0 +1,103 @@
+"""Covariance of a desmeared curve in low rank, from what its result says of itself."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from dsnet_bluesky.data import BadInput
+
+__all__ = ["Covariance", "covariance"]
+
+
+class Covariance(NamedTuple):
+    """``factor @ factor.T + diag(own**2)``, in the unit of I squared.
+
+    Attributes
+    ----------
+    factor
+        Shape (n, k): errors that neighbours share.
+    own
+        Standard deviation of what each point has for itself, shape (n,).
+    """
+
+    factor: NDArray
+    own: NDArray
+
+    def dense(self) -> NDArray:
+        """Give the whole matrix, shape (n, n)."""
+        return self.factor @ self.factor.T + np.diag(self.own**2)
+
+    def whiten(self, residuals: NDArray) -> NDArray:
+        """Scale residuals to independent ones of unit variance, so that their squares can be summed.
+
+        Parameters
+        ----------
+        residuals
+            Model minus I, shape (..., n).
+
+        Returns
+        -------
+        ndarray
+            Same shape: ``L^-1 residuals``, L being the Cholesky factor of the matrix.
+        """
+        return np.linalg.solve(np.linalg.cholesky(self.dense()), np.asarray(residuals)[..., None])[..., 0]
+
+
+def covariance(result: xr.Dataset) -> Covariance:
+    """Give the covariance of one desmeared curve, for fits.
+
+    Errors of neighbours are not independent: an answer is known to about one resolution. Fitting with Idev alone
+    makes the errors of parameters too small.
+
+    Parameters
+    ----------
+    result
+        One exposure of a desmeared Dataset: I, Idev and Qdev on q, and the attribute ``diagnostics``.
+
+    Raises
+    ------
+    BadInput
+        If there are several exposures, or the method did not say how its errors are correlated.
+
+    Examples
+    --------
+    >>> from dsnet_bluesky.data import curve
+    >>> from dsnet_bluesky.desmearing import desmear
+    >>> from dsnet_bluesky.smearing import Smearing
+    >>> q = np.linspace(0.05, 2, 200)
+    >>> result = desmear(curve(q, np.exp(-(q**2)) + 0.01), Smearing.gaussian(q, 0.04), method="dsnet")
+    >>> found = covariance(result)
+    >>> bool(np.allclose(np.sqrt(np.diag(found.dense())), result["Idev"]))
+    True
+    """
+    if "exposure" in result.dims:
+        raise BadInput("Give one exposure: covariance(result.isel(exposure=0)).")
+    told = json.loads(result.attrs.get("diagnostics", "{}")).get("correlation")
+    if not told or not np.isfinite(result["Qdev"].values).all():
+        raise BadInput(
+            f"{result.attrs.get('method', 'The method')} does not say how the errors of this curve are correlated; "
+            "only answers of the method dsnet do that are its own."
+        )
+    q, Idev, Qdev = (result[name].values for name in ("q", "Idev", "Qdev"))
+    place = np.concatenate([[0.0], np.cumsum(2 * np.diff(q) / (Qdev[1:] + Qdev[:-1]))])
+    step = float(np.median(np.diff(place)))
+    parts = [
+        np.sqrt(share) * _bumps(place, length)
+        for length, share in zip(told["lengths"], told["shares"], strict=True)
+        if share > 0 and length > step / 2
+    ]
+    shared = np.hstack([np.zeros((q.size, 1)), *parts])
+    own = np.sqrt(np.maximum(1 - (shared**2).sum(axis=1), 1e-6))
+    return Covariance(Idev[:, None] * shared, Idev * own)
+
+
+def _bumps(place: NDArray, length: float) -> NDArray:
+    """Columns whose products correlate as exp(-d^2 / 2 length^2); rows of unit norm."""
+    tops = np.arange(-2 * length, place[-1] + 2 * length + 1e-9, length)
+    columns = np.exp(-(((place[:, None] - tops) / length) ** 2))
+    return columns / np.linalg.norm(columns, axis=1, keepdims=True)
