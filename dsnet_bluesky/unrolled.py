@@ -101,7 +101,8 @@ class Unrolled(nn.Module):
         start, indirect = features.start, features.indirect
         out, _, _ = self.propose(features.channels)
         first = blend(start + out[:, 0], indirect, out[:, 1] - 1)
-        seen = between(operator, features, first)
+        with torch.autocast(first.device.type, enabled=False):  # residuals of half precision would drown the measurement's
+            seen = between(operator, features, first)
         out, deep, shallow = self.refine(torch.cat([features.channels, seen, out[:, 2:]], dim=1))
         answer = blend(first + 0.3 * out[:, 0], indirect, out[:, 1] - 2)
         ln_error = (out[:, 2] - 2).clamp(SMALLEST, LARGEST)
