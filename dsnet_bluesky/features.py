@@ -217,8 +217,8 @@ def step(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
 
 
 def _ratio(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
-    """Measured over re-smeared, damped towards 1 where the noise is larger than either."""
-    return (I.clamp_min(0) + Idev) / (operator.apply(torch.exp(ln_I)) + Idev)
+    """Measured over re-smeared, damped towards 1 where the noise is larger than either; beside sharp peaks R can dip below 0."""
+    return (I.clamp_min(0) + Idev) / (operator.apply(torch.exp(ln_I)).clamp_min(0) + Idev)
 
 
 def _lake(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
