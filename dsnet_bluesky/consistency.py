@@ -24,6 +24,8 @@ __all__ = ["CORRELATION_LENGTHS", "Proximal", "correlation", "counted", "proxima
 STEP_LIMIT = 1.0
 """Largest change of ln I in one step: a linearisation is trusted no further."""
 
+EXACT = 1e-6
+"""A curve is taken as no better known than to this part of it: smaller errors leave a matrix without a Cholesky factor."""
 
 CORRELATION_LENGTHS = (0.5, 1.5, 5.0, 16.0)
 """Lengths over which errors of ln I are correlated, in local resolutions."""
@@ -85,12 +87,13 @@ def proximal(
     start, spread, I, Idev = (part.double() for part in (ln_I, error, I, Idev))
     prior = spread[:, :, None] * correlated.double() * spread[:, None, :]
     x = start
-    noise = torch.diag_embed(Idev**2)
     back = gain = prior
     for _ in range(steps):
         J = matrix * torch.exp(x)[:, None, :]
         back = prior @ J.mT
-        rest = I - torch.exp(x) @ matrix.T + (J @ (x - start)[..., None])[..., 0]
+        smeared = torch.exp(x) @ matrix.T
+        noise = torch.diag_embed(torch.maximum(Idev, EXACT * smeared.abs()) ** 2)
+        rest = I - smeared + (J @ (x - start)[..., None])[..., 0]
         factor = torch.linalg.cholesky(J @ back + noise)
         move = start + (back @ torch.cholesky_solve(rest[..., None], factor))[..., 0] - x
         x = x + move * (STEP_LIMIT / move.abs().amax(dim=-1, keepdim=True).clamp_min(STEP_LIMIT))
