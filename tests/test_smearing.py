@@ -301,3 +301,50 @@ def test_pixel_coverage_names_empty_bins_and_empty_beams():
 def test_digest_names_the_operator():
     assert Smearing.gaussian(Q, 0.04).digest == Smearing.gaussian(Q, 0.04).digest
     assert Smearing.gaussian(Q, 0.04).digest != Smearing.gaussian(Q, 0.0401).digest
+
+
+class TestGaps:
+    """Between two modules of a detector the ideal curve goes on, though nothing was measured there."""
+
+    FINE = np.linspace(0, 2.6, 26001)
+
+    @settings(max_examples=30, deadline=None)
+    @given(start=st.integers(5, 150), length=st.integers(3, 40), log=st.booleans())
+    def test_are_filled_at_the_spacing_about_them(self, start: int, length: int, log: bool):
+        whole = np.geomspace(0.05, 2, 200) if log else Q
+        q = np.delete(whole, slice(start, start + length))
+        grid = extend(q, 0.0, 0.0)
+        assert np.isin(q, grid).all()
+        assert (np.diff(grid) > 0).all()
+        inside = grid[(grid >= whole[start - 1]) & (grid <= whole[start + length])]
+        usual = [whole[start - 1] - whole[start - 2], whole[start + length + 1] - whole[start + length]]
+        assert np.diff(inside).max() < 1.6 * max(usual)
+        assert np.diff(inside).min() > 0.4 * min(usual)
+
+    @pytest.mark.parametrize(
+        "q",
+        [
+            Q,
+            np.geomspace(1e-3, 3, 60),
+            np.concatenate([np.linspace(0.01, 0.1, 50), np.linspace(0.13, 2, 60)]),  # a scan that changes its step
+            Q + 0.002 * np.sin(100 * Q),
+        ],
+    )
+    def test_a_grid_without_gaps_stays_as_it_is(self, q: np.ndarray):
+        np.testing.assert_array_equal(extend(q, 0.0, 0.0), q)
+
+    def test_a_minimum_within_a_gap_is_smeared_right(self):
+        """Without nodes in the gap the curve was taken as straight across it."""
+        curve = sphere(self.FINE, 6.0)
+        minimum = Q[np.argmin(sphere(Q, 6.0) * (Q < 1) + (Q >= 1))]
+        q = Q[np.abs(Q - minimum) > 0.08]
+        truth = Smearing.gaussian(q, 0.03, q_calc=self.FINE).apply(curve)
+        filled = Smearing.gaussian(q, 0.03)
+        bridged = Smearing.gaussian(q, 0.03, q_calc=np.setdiff1d(filled.q_calc, Q[np.abs(Q - minimum) <= 0.0801]))
+        near = np.abs(q - minimum) < 0.12
+        error, before = (
+            np.abs(operator.apply(sphere(np.maximum(operator.q_calc, 1e-6), 6.0)) / truth - 1)[near].max()
+            for operator in (filled, bridged)
+        )
+        assert error < 0.03
+        assert error < before / 5
