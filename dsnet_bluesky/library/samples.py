@@ -170,8 +170,11 @@ def _enrich(rng: np.random.Generator, library: Library, view: View, curve: Curve
 def _add(first: Curve, second: Curve, view: View, share: float) -> Curve:
     """Add a curve so that it is `share` of the first one somewhere within the view."""
     q = np.geomspace(max(view.lowest, 1e-3 * view.highest), view.highest, 200)
-    a, b = np.maximum(first(q), 1e-300), np.maximum(second(q), 1e-300)
-    factor = share / np.exp(np.median(np.log(b) - np.log(a)))
+    a, b = np.maximum(first(q), 1e-300), second(q)
+    if b.max() < 1e-30:  # peaks beyond the view
+        return first
+    # Narrow peaks are nothing at most q: without a floor they would be raised by hundreds of decades.
+    factor = share / np.exp(np.median(np.log(np.maximum(b, 1e-9 * b.max())) - np.log(a)))
     return lambda q: first(q) + factor * second(q)
 
 
