@@ -55,7 +55,8 @@ class Operator:
     local
         Channels that depend on the instrument only, shape (4, m).
     unit
-        Width of R with a step of the grid, in 1/nm, shape (m,): what resolutions are told in.
+        Width of R towards lower q (see `desmearing.kernels.widths_below`) with a step of the grid, in 1/nm, shape (m,):
+        what resolutions are told in.
     place
         q_calc counted in these units, shape (m,).
     """
@@ -80,7 +81,7 @@ class Operator:
         last = max(5, q.size // 10)
         self.tail = self.tensor(_slope(np.log(np.maximum(q[-last:], 1e-12))))
         self.local = self.tensor(self._local(q, nodes, step))
-        unit = np.hypot(np.interp(nodes, q, smearing.widths), step)
+        unit = np.hypot(np.interp(nodes, q, widths_below(smearing)), step)  # a slit's length resolves far better than it is long
         self.unit = self.tensor(unit)
         self.place = self.tensor(np.concatenate([[0.0], np.cumsum(2 * np.diff(nodes) / (unit[1:] + unit[:-1]))]))
         self.ladder = IndirectLadder(q, nodes, matrix, self.device) if transform else None

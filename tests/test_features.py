@@ -85,6 +85,15 @@ class TestOperator:
         assert within.sum() >= 9
         assert (operator.measured.numpy()[within] == 0).all()
 
+    def test_resolutions_are_told_in_what_can_be_resolved(self):
+        """A Gaussian's width; a slit's step, since its edge is sharp however long it is."""
+        beam, slit = (Operator(smearing, transform=False) for smearing in (Smearing.gaussian(Q, 0.3), Smearing.slit(Q, 30.0)))
+        inner = (beam.smearing.q_calc > 1) & (beam.smearing.q_calc < 2)
+        np.testing.assert_allclose(beam.unit[inner], np.hypot(0.3, Q[1] - Q[0]), rtol=0.01)
+        measured = slit.measured > 0
+        np.testing.assert_allclose(slit.unit[measured], Q[1] - Q[0], rtol=0.05)
+        assert slit.place[measured].diff().min() > 0.9
+
     @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
     def test_knows_q_in_steps_and_ratios_only(self, scale):
         """The same measurement in other units of length is the same measurement."""
