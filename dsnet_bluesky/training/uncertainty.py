@@ -222,7 +222,8 @@ def calibrate(network: Unrolled, sessions: Sequence[Session], knots: int = 8) ->
         z = z / z[:, measured].square().mean().sqrt()
         products.append(_products(z, answer.ln_resolved, part.operator))
     ln_error, miss = torch.cat(stated), torch.cat(missed)
-    edges = torch.quantile(ln_error[:: max(1, len(ln_error) // 100_000)], torch.linspace(0, 1, knots + 1))
+    # Many errors may be the least that can be stated: two knots in one place would divide by zero.
+    edges = torch.quantile(ln_error[:: max(1, len(ln_error) // 100_000)], torch.linspace(0, 1, knots + 1)).unique()
     centres, factors = [], []
     for low, high in itertools.pairwise(edges):
         inside = (ln_error >= low) & (ln_error <= high)
