@@ -10,8 +10,9 @@ What a curve goes through:
    a classical method with better evidence takes its place.
 
 Uncertainty
-    `Idev` is the network's error, scaled on validation families until one and two of it
-    held 68 and 95 % of the truth. Of it the noise of the measurement makes `Idev_noise`; the rest,
+    `Idev` is the network's error, scaled on validation families until one of it held 68 % of the
+    truth. Its tails are heavier than a Gaussian's: 95 % are within `coverage_factor` of it, given in the
+    diagnostics. Of it the noise of the measurement makes `Idev_noise`; the rest,
     ``sqrt(Idev^2 - Idev_noise^2)``, is what the network does not know. Errors of neighbours are
     correlated: see `desmearing.covariance`.
 """
@@ -124,16 +125,20 @@ class DSNet:
         answer = self.network(self.operator, features)
         ln_I, error = answer.ln_I.double(), self.calibration(answer.ln_error).double()
         before = self._chi2(ln_I, features.I, features.Idev)
-        moved = torch.zeros_like(before, dtype=torch.bool)
         width = torch.exp(answer.ln_resolved) * self.operator.unit
-        if self.consistency:
-            moved = before > MISSED
-            for rows in moved.nonzero()[:, 0].split(8):
-                ln_I[rows] = self._proximal(ln_I[rows], error[rows], width[rows], features.I[rows], features.Idev[rows])
-        after = self._chi2(ln_I, features.I, features.Idev)
+        after, moved = before.clone(), torch.zeros_like(before, dtype=torch.bool)
+        for rows in self._missed(before):
+            nearer = self._proximal(ln_I[rows], error[rows], width[rows], features.I[rows], features.Idev[rows])
+            reached = self._chi2(nearer, features.I[rows], features.Idev[rows])
+            kept = reached < before[rows]
+            ln_I[rows[kept]], after[rows[kept]], moved[rows[kept]] = nearer[kept], reached[kept], True
         columns = (ln_I + torch.log(features.scale), error, error * answer.ln_share.exp(), width, before, after, moved)
         flags = torch.where(self._distance(answer.deep) > self.calibration.farthest, int(Flag.OUT_OF_RANGE), 0) | self._unusual
         return _Found(*(column.cpu().numpy() for column in (*columns, flags)))
+
+    def _missed(self, chi2: Tensor) -> tuple[Tensor, ...]:
+        """Rows of answers that are to take proximal steps, a few at a time: each needs matrices of its own."""
+        return (chi2 > MISSED).nonzero()[:, 0].split(8) if self.consistency else ()
 
     def _chi2(self, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
         rest = (torch.exp(ln_I) @ self.operator.matrix.double().T - I) / Idev
@@ -164,35 +169,46 @@ class DSNet:
                 "answer": [("proximal" if moved else "network") for moved in found.moved],
                 "chi2_network": [float(f"{value:.4g}") for value in found.before],
                 "correlation": self.calibration.correlation,
+                "coverage_factor": self.calibration.coverage_factor,
             },
         )
 
     def _substitute(self, solution: Solution, I: Floats, Idev: Floats, chi2: Floats) -> None:
-        """Give the answer of a classical method where the network's misses the measurement."""
+        """Give the answer of a classical method where the network's misses the measurement and theirs does not."""
         for row in np.flatnonzero(chi2 > POOR):
-            name, other = self._best_classical(I[row : row + 1], Idev[row : row + 1])
-            if _chi2_of(self.smearing, other, I[row], Idev[row]) > chi2[row] / 2:
-                continue
-            _replace(solution, int(row), self.smearing, other)
-            solution.attrs["answer"][row] = name
+            found = self._best_classical(I[row : row + 1], Idev[row : row + 1])
+            if found is not None:
+                solution.attrs["answer"][row] = found[0]
+                _replace(solution, int(row), self.smearing, found[1])
 
-    def _best_classical(self, I: Floats, Idev: Floats) -> tuple[str, Solution]:
-        """Indirect transform or prior on ln I: the one with few parameters where it fits about as well."""
+    def _best_classical(self, I: Floats, Idev: Floats) -> tuple[str, Solution] | None:
+        """Of the classical answers that meet the measurement the one that claims the smaller error, if any does."""
         if not self._classical:
             self._classical = {"ift": IFT(self.smearing), "map": MAP(self.smearing)}
-        transform = self._classical["ift"](I, Idev)
-        chi2 = _chi2_of(self.smearing, transform, I[0], Idev[0])
-        if chi2 < 1.5 and not transform.flags[0]:
-            return "ift", transform
-        posterior = self._classical["map"](I, Idev)
-        return ("map", posterior) if _chi2_of(self.smearing, posterior, I[0], Idev[0]) < chi2 else ("ift", transform)
+        answers = {name: method(I, Idev) for name, method in self._classical.items()}
+        fitting = {
+            name: answer
+            for name, answer in answers.items()
+            if not answer.flags[0] and np.mean(((self.smearing.apply(answer.I_calc[0]) - I[0]) / Idev[0]) ** 2) < POOR
+        }
+        if not fitting:
+            return None
+        claims = {
+            name: float(np.median(answer.Idev[0] / np.abs(_on_q(self.smearing, answer)[0]))) for name, answer in fitting.items()
+        }
+        best = min(claims, key=lambda name: claims[name])
+        return best, fitting[best]
+
+
+def _on_q(smearing: Smearing, solution: Solution) -> Floats:
+    return smearing.at_q(solution.I_calc) if solution.I is None else solution.I
 
 
 def _replace(solution: Solution, row: int, smearing: Smearing, other: Solution) -> None:
     """Put the answer of another method in the place of one."""
     solution.I_calc[row] = other.I_calc[0]
     columns = (
-        (solution.I, smearing.at_q(other.I_calc[0]) if other.I is None else other.I[0]),
+        (solution.I, _on_q(smearing, other)[0]),
         (solution.Idev, other.Idev[0]),
         (solution.Idev_noise, np.nan),
         (solution.Qdev, np.nan if other.Qdev is None else other.Qdev[0]),
@@ -223,14 +239,15 @@ class Calibration:
     ----------
     card
         The table ``calibration`` of a model's card: ``ln_error``, where the factor is known;
-        ``ln_factor``, its logarithm there; ``correlation``, lengths in resolutions and shares of the variance;
-        ``farthest``, the largest distance of a curve that is like those of training.
+        ``ln_factor``, its logarithm there; ``coverage_factor``, how many errors hold 95 %; ``correlation``, lengths
+        in resolutions and shares of the variance; ``farthest``, the largest distance of a curve like those of training.
     device
         Where errors live.
     """
 
     def __init__(self, card: dict[str, Any], device: str) -> None:
         self.correlation = dict(card["correlation"])
+        self.coverage_factor = float(card["coverage_factor"])
         self.farthest = float(card["farthest"])
         self._knots = torch.tensor(card["ln_error"], dtype=torch.float32, device=device)
         self._values = torch.tensor(card["ln_factor"], dtype=torch.float32, device=device)
@@ -260,7 +277,3 @@ def unusual_operator(smearing: Smearing, ranges: dict[str, Any]) -> int:
     span = float(np.ptp(smearing.q) / max(np.median(below), 1e-12))
     outside = smearing.q.size < ranges["points"][0] or width > ranges["width_in_steps"] or span < ranges["widths_in_range"]
     return int(Flag.OUT_OF_RANGE) if outside else 0
-
-
-def _chi2_of(smearing: Smearing, solution: Solution, I: Floats, Idev: Floats) -> float:
-    return float(np.mean(((smearing.apply(solution.I_calc[0]) - I) / Idev) ** 2))

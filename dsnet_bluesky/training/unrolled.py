@@ -49,6 +49,9 @@ CHECKPOINT_EVERY = 1000
 REPEATED_CURVES = 16
 """Curves of each session of repeats."""
 
+SPARSE = 7
+"""The range of training is described by one session in so many."""
+
 WARM_UP = 200
 """Steps over which the step size rises."""
 
@@ -259,7 +262,7 @@ class Training:
     def _take(self, session: Session) -> float:
         schedule = self.recipe.schedule
         rng = np.random.default_rng([self.recipe.seed, self.step, 2])
-        chosen = torch.as_tensor(rng.permutation(len(session.ln_truth))[: schedule.batch])
+        chosen = torch.from_numpy(rng.permutation(len(session.ln_truth))[: schedule.batch])
         features, ln_truth = session.batch(chosen, self.device)
         progress = self.step / schedule.steps
         rate = schedule.learning_rate * min(1.0, (self.step + 1) / WARM_UP)
@@ -367,7 +370,7 @@ def finish(recipe: Recipe, directory: Path, state: Training, sessions: list[Sess
     network = state.average
     learn_parts(network, make_repeats(directory, recipe), recipe.seed, state.device)
     calibration = calibrate(network, validation)
-    seen, farthest = range_of(network, sessions, validation)
+    seen, farthest = range_of(network, sessions[::SPARSE], validation)
     state.seconds += time.perf_counter() - started
     tensors = {**network.state_dict(), **{f"range.{name}": tensor for name, tensor in seen.items()}}
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
