@@ -32,6 +32,7 @@ METHODS: dict[str, str] = {
     "wiener": "dsnet_bluesky.desmearing.wiener:Wiener",
     "map": "dsnet_bluesky.desmearing.map:MAP",
     "ift": "dsnet_bluesky.desmearing.ift:IFT",
+    "cme": "dsnet_bluesky.desmearing.cme:CME",
     "dsnet": "dsnet_bluesky.dsnet:DSNet",
     "dsnet-paper": "dsnet_bluesky.dsnet_paper:DSNetPaper",
 }
