@@ -27,7 +27,20 @@ import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
-from measured import BANDS, COLOURS, METHODS, Answer, available, coverage, desmeared, number, plain, provenance, reason, save
+from measured import (
+    COLOURS,
+    METHODS,
+    Answer,
+    available,
+    coverage,
+    desmeared,
+    half,
+    number,
+    plain,
+    provenance,
+    reason,
+    save,
+)
 from numpy.typing import ArrayLike, NDArray
 
 from dsnet_bluesky.data import BadInput, Flag
@@ -384,7 +397,8 @@ beamstop with arm and hot pixels; a direct beam of 1.2 million counts; reduction
 beam's frame, {per_bin} pixels a bin. Curves are in counts a pixel at 6e9 photons, the paper's dose. {exposures} exposures of each
 condition; ±: standard deviation over them. **MSE of ln I** over all points (answers below a tenth of the least truth are raised
 to it first, and counted), **MSE of I** (linear, counts²), **chi2** per point of the re-smeared answer, the share of points whose
-truth lies **in the 68 and 95 % bands** (I ± Idev, ± 1.96 Idev), **time**. All methods have their defaults. Bold: best of the row.
+truth lies **in the 68 and 95 % bands** (I ± Idev, ± 1.96 Idev,
+for dsnet ± its coverage factor times Idev), **time**. All methods have their defaults. Bold: best of the row.
 """
 
 CONSISTENCY = """\
@@ -461,7 +475,7 @@ def draw_ratio(strip: Any, run: Run, label: str) -> None:
     """Draw ln(desmeared / truth) with its 95 % band, over that of the measured curve."""
     q, result = run.curves["q"].values, run.answers[label].result.isel(exposure=0)
     I = floored(result["I"].values, run.truth)
-    ratio, band = np.log(I / run.truth), BANDS[95] * result["Idev"].values / I
+    ratio, band = np.log(I / run.truth), half(result, 95) * result["Idev"].values / I
     strip.plot(q, np.log(floored(run.curves["I"].values[0], run.truth) / run.truth), color="0.7", lw=0.8)
     strip.fill_between(q, ratio - band, ratio + band, color=COLOURS[label], alpha=0.25, lw=0)
     strip.plot(q, ratio, color=COLOURS[label], lw=1)

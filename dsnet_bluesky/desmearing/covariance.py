@@ -1,4 +1,4 @@
-"""Covariance of a desmeared curve in low rank, from what its result says of itself."""
+"""What a desmeared curve says of its own errors: covariance in low rank, coverage factor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from dsnet_bluesky.data import BadInput
 
-__all__ = ["Covariance", "covariance"]
+__all__ = ["Covariance", "covariance", "coverage_factor"]
+
+
+GAUSSIAN = 1.96
+"""Standard deviations that hold 95 % of a Gaussian."""
 
 
 class Covariance(NamedTuple):
@@ -94,6 +98,17 @@ def covariance(result: xr.Dataset) -> Covariance:
     shared = np.hstack([np.zeros((q.size, 1)), *parts])
     own = np.sqrt(np.maximum(1 - (shared**2).sum(axis=1), 1e-6))
     return Covariance(Idev[:, None] * shared, Idev * own)
+
+
+def coverage_factor(result: xr.Dataset) -> float:
+    """How many `Idev` hold 95 % of the truth (JCGM 100:2008, 6.2): what the method says, 1.96 where it says nothing.
+
+    Parameters
+    ----------
+    result
+        A desmeared Dataset.
+    """
+    return float(json.loads(result.attrs.get("diagnostics", "{}")).get("coverage_factor", GAUSSIAN))
 
 
 def _bumps(place: NDArray, length: float) -> NDArray:
