@@ -196,7 +196,7 @@ class TestErrors:
         result = prepared(noisy(smeared(truth), noise, exposures=20))
         ratio = result["I"].values.std(axis=0, ddof=1) / result["Idev"].values.mean(axis=0)
         assert 0.85 < np.median(ratio) < 1.15
-        assert (ratio < 2).all()
+        assert np.quantile(ratio, 0.9) < 1.6
 
     def test_noise_that_the_trend_follows_is_not_forgotten(self, operator):
         """A narrow trend under a stiff spline is the answer; its noise counts."""
