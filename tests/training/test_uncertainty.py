@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 from torch import Tensor
 
 from dsnet_bluesky.consistency import CORRELATION_LENGTHS
@@ -93,10 +94,20 @@ class TestCalibration:
         found = calibrate(*as_arguments(invented(stated, truth, operator)))
         knots = np.array(found["ln_error"])
         np.testing.assert_allclose(found["ln_factor"], 0.5 - 0.3 * (knots + 4), atol=0.15)
-        # And what follows from it holds 68 and 95 % of the truth.
+        # And what follows from it holds what it says.
         error = Calibration({**found, "farthest": 1.0}, "cpu")(stated)
-        inside = [float((torch.expm1(truth).abs() < k * error).float().mean()) for k in (1, 2)]
-        np.testing.assert_allclose(inside, [0.683, 0.954], atol=0.015)
+        inside = [float((torch.expm1(truth).abs() < k * error).float().mean()) for k in (1, found["coverage_factor"])]
+        np.testing.assert_allclose(inside, [0.68, 0.95], atol=0.015)
+
+    @pytest.mark.parametrize("freedom", [1e6, 3])
+    def test_heavier_tails_have_a_larger_coverage_factor(self, operator, stated, freedom):
+        """Of a normal distribution 95 % are within twice what 68 % are within; of Student's t with 3 degrees 2.7 times."""
+        z = np.random.default_rng(0).standard_t(freedom, stated.shape)
+        expected = t.ppf(0.975, freedom) / t.ppf(0.84, freedom)
+        small = nearly(0.01, stated)
+        truth = torch.log1p((0.01 * torch.tensor(z, dtype=torch.float32)).clamp(-0.9, None))
+        found = calibrate(*as_arguments(invented(small, truth, operator)))
+        assert found["coverage_factor"] == pytest.approx(expected, rel=0.03)
 
     @pytest.mark.parametrize("which", [0, 1, 2])
     def test_a_correlation_is_found(self, operator, which):
@@ -106,7 +117,7 @@ class TestCalibration:
         root = torch.linalg.cholesky(torch.exp(-0.5 * ((place[:, None] - place) / length) ** 2) + 1e-6 * torch.eye(len(place)))
         rows = [0.05 * self.z((200, len(place)), seed).double() @ root.T for seed in range(3)]
         truth = torch.cat(rows).float()
-        found = calibrate(*as_arguments(invented(torch.full_like(truth, np.log(0.05)), truth, operator)))
+        found = calibrate(*as_arguments(invented(nearly(0.05, truth), truth, operator)))
         shares = found["correlation"]["shares"]
         assert found["correlation"]["lengths"] == list(CORRELATION_LENGTHS)
         assert shares[which] > 0.75
@@ -114,7 +125,7 @@ class TestCalibration:
 
     def test_independent_errors_have_no_correlation(self, operator, stated):
         truth = 0.05 * self.z(stated.shape)
-        found = calibrate(*as_arguments(invented(torch.full_like(truth, np.log(0.05)), truth, operator)))
+        found = calibrate(*as_arguments(invented(nearly(0.05, truth), truth, operator)))
         assert sum(found["correlation"]["shares"]) < 0.1
 
     def test_many_errors_at_the_limit(self, operator, stated):
@@ -127,9 +138,14 @@ class TestCalibration:
         np.testing.assert_allclose(error[0], np.exp(SMALLEST), rtol=0.1)
 
     def test_beyond_the_knots_the_last_factor_holds(self):
-        card = {"ln_error": [-5.0, -3.0], "ln_factor": [0.0, 1.0], "correlation": {}, "farthest": 1.0}
+        card = {"ln_error": [-5.0, -3.0], "ln_factor": [0.0, 1.0], "coverage_factor": 2.0, "correlation": {}, "farthest": 1.0}
         error = Calibration(card, "cpu")(torch.tensor([-9.0, -5.0, -4.0, -3.0, 0.0]))
         np.testing.assert_allclose(torch.log(error), [-9.0, -5.0, -3.5, -2.0, 1.0], atol=1e-6)
+
+
+def nearly(error: float, like: Tensor) -> Tensor:
+    """One error for all, or nearly."""
+    return np.log(error) + 1e-3 * torch.linspace(0, 1, like.numel()).reshape(like.shape)
 
 
 def as_arguments(made: tuple[Any, Session]) -> tuple[Any, list[Session]]:
