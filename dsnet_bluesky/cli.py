@@ -34,6 +34,8 @@ FLAG_WORDS = {
 }
 """What each `data.Flag` means to a user."""
 
+METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version may follow: dsnet:2.0.0."
+
 OVERFIT = 0.1
 """Below this chi2 the given errors are too large by a factor of three or more."""
 
@@ -86,7 +88,7 @@ def main(
 @app.command()
 def desmear(
     curve: Annotated[Path, typer.Argument(help="canSAS XML, NXcanSAS, or text: Q, I and perhaps dI and dQ.", show_default=False)],
-    method: Annotated[str, typer.Option("--method", "-m", help="lake, wiener, map, ift or dsnet-paper.")] = "map",
+    method: Annotated[str, typer.Option("--method", "-m", help=METHOD_HELP)] = "dsnet",
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method; repeatable.")
     ] = None,
@@ -187,7 +189,7 @@ def ingest(
     transmission: Annotated[float, typer.Option(help="Of the sample, to divide by.", callback=_finite)] = 1.0,
     dataset: Annotated[str | None, typer.Option(help="Path of the images inside HDF5 files.", show_default=False)] = None,
     desmear: Annotated[bool, typer.Option("--desmear/--no-desmear", help="Desmear samples and store the results.")] = True,
-    method: Annotated[str, typer.Option("--method", "-m", help="lake, wiener, map, ift or dsnet-paper.")] = "map",
+    method: Annotated[str, typer.Option("--method", "-m", help=METHOD_HELP)] = "dsnet",
     uri: Uri = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
@@ -304,10 +306,11 @@ def _desmear_runs(client: Any, uids: list[str], method: str) -> None:
     from .callbacks.desmear import desmear_runs
     from .pipeline import Config
 
-    desmear_runs(client, uids, config=Config(method=method))
+    config = Config(method=method)
+    desmear_runs(client, uids, config=config)
     failed = False
     for uid in uids:
-        found = client["desmeared"].search(Key("raw_uid") == uid).search(Key("method") == method)
+        found = client["desmeared"].search(Key("raw_uid") == uid).search(Key("method") == config.method_name)
         for result in found.values():
             metadata = result.metadata
             failed |= metadata["status"] != "complete" or bool(metadata["failures"])

@@ -87,7 +87,7 @@ def proximal(
     start, spread, I, Idev = (part.double() for part in (ln_I, error, I, Idev))
     prior = spread[:, :, None] * correlated.double() * spread[:, None, :]
     x = start
-    back = gain = prior
+    back = factor = prior
     for _ in range(steps):
         J = matrix * torch.exp(x)[:, None, :]
         back = prior @ J.mT
@@ -97,6 +97,6 @@ def proximal(
         factor = torch.linalg.cholesky(J @ back + noise)
         move = start + (back @ torch.cholesky_solve(rest[..., None], factor))[..., 0] - x
         x = x + move * (STEP_LIMIT / move.abs().amax(dim=-1, keepdim=True).clamp_min(STEP_LIMIT))
-        gain = torch.linalg.solve_triangular(factor, back.mT, upper=False)
+    gain = torch.linalg.solve_triangular(factor, back.mT, upper=False)
     variance = (spread**2 - gain.square().sum(dim=1)).clamp_min(1e-12)
     return Proximal(x, variance.sqrt())

@@ -145,7 +145,7 @@ class _Session:
 
     def __init__(self, client: Any, folder: Path, console: Console):
         self.camera = SaxsCamera(seed=2026)
-        self.desmear = DesmearCallback(client, config=Config(method="map"))
+        self.desmear = DesmearCallback(client, config=Config())
         self._console = console
         self._beamline = SimBeamline(folder, self.camera)
         self._masks = {"beam": folder / "mask-direct-beam.npy", "sample": folder / "mask-sample.npy"}

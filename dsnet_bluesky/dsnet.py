@@ -6,8 +6,8 @@ What a curve goes through:
 2. `features` are computed with the exact operator, and the network (`unrolled`) answers;
 3. where that answer, smeared again, misses the measurement clearly, exact proximal
    steps move it there as far as its error allows (`consistency`);
-4. where even that misses, or the curve is like none that the network was trained on, the result is flagged, and
-   a classical method with better evidence takes its place.
+4. where even that misses, the result is flagged; and where the curve is also like none that the network was
+   trained on, a classical method that meets the measurement takes its place.
 
 Uncertainty
     `Idev` is the network's error, scaled on validation families until one of it held 68 % of the
@@ -43,7 +43,7 @@ __all__ = ["DSNet"]
 
 Floats = NDArray[np.floating[Any]]
 
-BATCH_NODES = 60_000
+BATCH_NODES = 20_000
 """Nodes of all curves that are worked on at once: they stay in the caches of a CPU."""
 
 MISSED = 3.0
@@ -138,7 +138,8 @@ class DSNet:
 
     def _missed(self, chi2: Tensor) -> tuple[Tensor, ...]:
         """Rows of answers that are to take proximal steps, a few at a time: each needs matrices of its own."""
-        return (chi2 > MISSED).nonzero()[:, 0].split(8) if self.consistency else ()
+        rows = (chi2 > MISSED).nonzero()[:, 0]
+        return rows.split(8) if self.consistency and rows.numel() else ()
 
     def _chi2(self, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
         rest = (torch.exp(ln_I) @ self.operator.matrix.double().T - I) / Idev
@@ -174,8 +175,9 @@ class DSNet:
         )
 
     def _substitute(self, solution: Solution, I: Floats, Idev: Floats, chi2: Floats) -> None:
-        """Give the answer of a classical method where the network's misses the measurement and theirs does not."""
-        for row in np.flatnonzero(chi2 > POOR):
+        """Give a classical answer where the curve is out of range, the network's answer misses it and theirs does not."""
+        strange = (solution.flags & int(Flag.OUT_OF_RANGE)) > 0
+        for row in np.flatnonzero((chi2 > POOR) & strange):
             found = self._best_classical(I[row : row + 1], Idev[row : row + 1])
             if found is not None:
                 solution.attrs["answer"][row] = found[0]

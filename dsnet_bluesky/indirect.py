@@ -72,12 +72,13 @@ class IndirectLadder:
         """Fit curves, shape (exposure, n), in double precision."""
         weight = 1 / Idev
         target = I * weight
+        square = (target**2).sum(dim=-1)
         evidences, answers = [], []
         for _, smeared in self.rungs:
             design = weight[..., None] * smeared
             normal = design.mT @ design
             seen = (design.mT @ target[..., None])[..., 0]
-            evidence, factor, solution = _most_evident(normal, seen, (target**2).sum(dim=-1))
+            evidence, factor, solution = _most_evident(normal, seen, square)
             evidences.append(evidence)
             answers.append((factor, solution))
         best = torch.stack(evidences).argmax(dim=0)
@@ -106,20 +107,24 @@ class IndirectLadder:
 def _most_evident(normal: Tensor, seen: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Evidence, Cholesky factor and solution for the best ridge; the last column, the background, has hardly any."""
     size = normal.shape[-1]
-    top = normal[..., :-1, :-1].diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    top = diagonal[..., :-1].amax(dim=-1)
     ridges = top[:, None] * top.new_tensor(RIDGES)
-    penalty = ridges[..., None].expand(-1, -1, size).clone()
-    penalty[..., -1] = 1e-14 * normal[..., -1, -1][:, None]
-    matrices = normal[:, None] + torch.diag_embed(penalty)
+    matrices = normal[:, None].repeat(1, len(RIDGES), 1, 1)
+    ridged = matrices.diagonal(dim1=-2, dim2=-1)
+    ridged[..., :-1] += ridges[..., None]
+    ridged[..., -1] += 1e-14 * diagonal[:, None, -1]
     factor, info = torch.linalg.cholesky_ex(matrices)
-    solution = torch.cholesky_solve(seen[:, None, :, None].expand(-1, len(RIDGES), -1, -1), factor)[..., 0]
-    misfit = square[:, None] - (solution * seen[:, None]).sum(dim=-1)
+    half = torch.linalg.solve_triangular(factor, seen[:, None, :, None].expand(-1, len(RIDGES), -1, -1), upper=False)
+    misfit = square[:, None] - half.square().sum(dim=(-2, -1))
     logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).log().sum(dim=-1)
     evidence = -0.5 * (misfit + logdet - (size - 1) * torch.log(ridges))
     evidence = torch.where((info == 0) & torch.isfinite(evidence), evidence, -torch.inf)
     best = evidence.argmax(dim=1)
     rows = torch.arange(len(best), device=best.device)
-    return evidence[rows, best], factor[rows, best], solution[rows, best]
+    factor = factor[rows, best]
+    solution = torch.linalg.solve_triangular(factor.mT, half[rows, best], upper=True)[..., 0]
+    return evidence[rows, best], factor, solution
 
 
 def _positive_mean(mean: Tensor, deviation: Tensor) -> Tensor:

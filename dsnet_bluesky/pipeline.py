@@ -35,7 +35,7 @@ class Config:
     Attributes
     ----------
     method
-        A name of `dsnet_bluesky.desmearing.METHODS`.
+        A name of `dsnet_bluesky.desmearing.METHODS`, with or without a version: ``"dsnet"``, ``"dsnet:2.0.0"``.
     options
         Of the method, JSON-serialisable.
     bins
@@ -50,7 +50,7 @@ class Config:
         Standard deviation of the wavelength over its mean.
     """
 
-    method: str = "map"
+    method: str = "dsnet"
     options: Mapping[str, Any] = field(default_factory=dict)
     bins: int = 500
     q_min: float | None = None
@@ -62,6 +62,11 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON-serialisable values."""
         return {**asdict(self), "options": dict(self.options)}
+
+    @property
+    def method_name(self) -> str:
+        """The method without a version; which version answered is recorded with every result."""
+        return self.method.partition(":")[0]
 
     @property
     def sha256(self) -> str:

@@ -138,7 +138,7 @@ class TestDesmear:
             assert_allclose(file["sasentry01/smeared/dQl"], 1.17)
             assert file["sasentry01/desmeared/I"][0] > 20 * file["sasentry01/smeared/I"][0]
             terms = [v[()].decode() for k, v in file["sasentry01/sasprocess"].items() if k.startswith("term")]
-        assert {"source = latex_smeared.xml", "source_entry = latex_usans", "method = map"} <= set(terms)
+        assert {"source = latex_smeared.xml", "source_entry = latex_usans", "method = dsnet"} <= set(terms)
 
     def test_methods_and_their_options(self, dsnet, tmp_path):
         write(tmp_path / "sphere.dat", *smeared_curve())
@@ -199,10 +199,10 @@ class TestBadInput:
         write(tmp_path / "curve.dat", *smeared_curve())
         known = ("desmear", "curve.dat", "--sigma", 0.03)
         fails(*known, "--method", "magic", match="There is no method 'magic'; the methods are .*lake")
-        fails(*known, "-o", "magic=1", match="map has no option magic; its options are")
+        fails(*known, "-o", "magic=1", match="dsnet has no option magic; its options are")
         fails(*known, "-o", "magic", match="NAME=VALUE")
-        fails(*known, "-o", "weight=abc", match="map: weight is 'abc'; it takes a finite number or null")
-        fails(*known, "-o", "weight=NaN", match="weight is nan")
+        fails(*known, "-m", "map", "-o", "weight=abc", match="map: weight is 'abc'; it takes a finite number or null")
+        fails(*known, "-m", "map", "-o", "weight=NaN", match="weight is nan")
         fails(*known, "-m", "lake", "-o", "iterations=1.5", match="iterations is 1.5; it takes a whole number or null")
         fails(*known, "--q-units", "furlong", match="1/nm or 1/angstrom")
         fails(*known, "--output", "nowhere/out.h5", match="nowhere is no folder")

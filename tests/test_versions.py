@@ -63,7 +63,7 @@ def test_without_a_version_the_latest_is_meant(shelf):
     assert released_models() == ["net:0.11.0", "net:1.9.0", "net:1.10.0", "net-wide:2.0.0"]
 
 
-@pytest.mark.parametrize("reference", ["nothing", "dsnet-paper:9.9.9", "", "dsnet"])
+@pytest.mark.parametrize("reference", ["nothing", "dsnet-paper:9.9.9", "", "dsnet-"])
 def test_unknown_model_names_the_known_ones(reference):
     with pytest.raises(BadInput, match=r"Released models: .*dsnet-paper:1\.0\.0"):
         load_model(reference)

@@ -11,7 +11,7 @@ from dsnet_bluesky.desmearing.kernels import straightened, widths_below
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.working import LEAST_POINTS, MOST_STEPS, STEPS, Working
 
-Q = np.linspace(0.1, 5.0, 2000)
+Q = np.linspace(0.1, 5.0, 1000)
 SIGMA = 0.15
 
 
@@ -52,7 +52,7 @@ def test_what_is_left_alone_is_the_same_object():
 @pytest.mark.parametrize("R", [0.5, 3.0])
 def test_thinning_is_exact_for_smooth_curves(working, R):
     """Averages of a smeared curve are what the operator on the working grid makes of the ideal one."""
-    fine = np.arange(0.0005, 6.0, 0.001)
+    fine = np.arange(0.001, 6.0, 0.002)
     native = Smearing.gaussian(Q, SIGMA, q_calc=fine).apply(ball(fine, R))
     averaged, _ = working.curves(native[None], native[None])
     nodes = working.smearing.q_calc
@@ -70,12 +70,12 @@ def test_errors_of_averages(working):
     """Independent errors fall with the root of the number, whether they are alike or not; measured against draws."""
     rng = np.random.default_rng(0)
     Idev = 0.1 * (1 + Q)[None]
-    draws = rng.standard_normal((4000, Q.size)) * Idev
+    draws = rng.standard_normal((2000, Q.size)) * Idev
     averages, stated = working.curves(draws, np.broadcast_to(Idev, draws.shape))
-    np.testing.assert_allclose(stated[0], averages.std(axis=0), rtol=0.08)
+    np.testing.assert_allclose(stated[0], averages.std(axis=0), rtol=0.12)
     _, counts = np.unique(working.groups, return_counts=True)
     assert counts.min() >= 1
-    assert counts.max() >= 8
+    assert counts.max() >= 4
 
 
 def test_averages_of_a_straight_line_lie_on_it(working):
@@ -91,18 +91,18 @@ def test_groups_are_narrower_than_the_smearing_resolves(working):
 
 def test_gaps_are_not_bridged():
     """Points on both sides of a dead module are never averaged, however wide the smearing."""
-    q = np.delete(Q, slice(700, 780))
+    q = np.delete(Q, slice(350, 390))
     working = Working(Smearing.gaussian(q, SIGMA))
     assert working.thinned
-    assert working.groups[699] < working.groups[700]
-    assert not ((working.smearing.q > Q[699]) & (working.smearing.q < Q[780])).any()
-    assert np.diff(working.smearing.q).max() == pytest.approx(Q[780] - Q[699], rel=0.15)
+    assert working.groups[349] < working.groups[350]
+    assert not ((working.smearing.q > Q[349]) & (working.smearing.q < Q[390])).any()
+    assert np.diff(working.smearing.q).max() == pytest.approx(Q[390] - Q[349], rel=0.15)
 
 
 @pytest.mark.parametrize("width", [0.0, 0.005])
 def test_slits_are_not_thinned(width):
     """A slit's sharp edge resolves what its length does not."""
-    q = np.linspace(0.1, 5.0, 600)
+    q = np.linspace(0.1, 5.0, 300)
     assert not Working(Smearing.slit(q, 2.0, width)).thinned
 
 

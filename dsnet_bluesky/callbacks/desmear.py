@@ -318,7 +318,7 @@ class DesmearCallback:
             direct_beam_uid=beam_uid,
             config=config.to_dict(),
             config_sha256=config.sha256,
-            method=config.method,
+            method=config.method_name,
             **model,
         )
         return ResultWriter.create(

@@ -86,7 +86,7 @@ class Method(Protocol):
         ...
 
 
-def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "map", **options: Any) -> xr.Dataset:
+def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "dsnet", **options: Any) -> xr.Dataset:
     """Desmear curves that share one q grid and one smearing operator.
 
     Parameters
@@ -122,7 +122,7 @@ def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "map", **optio
     return prepare(smearing, method, **options)(curves)
 
 
-def prepare(smearing: Smearing, method: str = "map", **options: Any) -> Prepared:
+def prepare(smearing: Smearing, method: str = "dsnet", **options: Any) -> Prepared:
     """Pay for an operator once, to desmear many curves.
 
     Parameters
@@ -130,7 +130,7 @@ def prepare(smearing: Smearing, method: str = "map", **options: Any) -> Prepared
     smearing
         The operator of the measurement.
     method
-        A key of `METHODS`.
+        A key of `METHODS`, with or without a version, see `desmear`.
     **options
         Keyword arguments of the method's class.
 
@@ -140,12 +140,24 @@ def prepare(smearing: Smearing, method: str = "map", **options: Any) -> Prepared
         If the method or an option is unknown, an option has a value of the wrong type,
         or the operator is wider than half its q range.
     """
-    if method not in METHODS:
-        raise BadInput(f"There is no method {method!r}; the methods are {', '.join(sorted(METHODS))}.")
+    name, _, version = method.partition(":")
+    if name not in METHODS:
+        raise BadInput(f"There is no method {name!r}; the methods are {', '.join(sorted(METHODS))}.")
     _check_range(smearing)
-    solver = pkgutil.resolve_name(METHODS[method])
-    _check_options(method, solver, options)
-    return Prepared(smearing, method, options, solver(smearing, **options))
+    solver = pkgutil.resolve_name(METHODS[name])
+    if version:
+        options = {"model": _versioned(method, solver, options), **options}
+    _check_options(name, solver, options)
+    return Prepared(smearing, name, options, solver(smearing, **options))
+
+
+def _versioned(method: str, solver: type, options: dict[str, Any]) -> str:
+    """Check that a version of a method can be meant."""
+    if "model" not in inspect.signature(solver).parameters:
+        raise BadInput(f"{method.partition(':')[0]} has no released models, so there is no {method!r}; leave out the version.")
+    if "model" in options:
+        raise BadInput(f"{method!r} names a version and model={options['model']!r} another; give one of them.")
+    return method
 
 
 class Prepared:

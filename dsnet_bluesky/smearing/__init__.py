@@ -89,6 +89,12 @@ class Smearing:
         self.parameters: Mapping[str, Any] = MappingProxyType(parameters)
         self._tensors: dict[Any, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"arrays": (self.q, self.q_calc, self.matrix), "kind": self.kind, "parameters": dict(self.parameters)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["arrays"], kind=state["kind"], **state["parameters"])  # type: ignore[misc]
+
     def __repr__(self) -> str:
         return f"<Smearing {self.kind}: {self.q.size} x {self.q_calc.size}, q {self.q[0]:.4g} to {self.q[-1]:.4g} 1/nm>"
 

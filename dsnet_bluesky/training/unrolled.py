@@ -122,7 +122,7 @@ class Recipe:
                 **values,
             )
         except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"The recipe cannot be read ({error}); compare it with models/dsnet-2.0.0/recipe.toml.") from error
+            raise BadInput(f"The recipe cannot be read ({error}); compare it with models/dsnet-2.0.0rc1/recipe.toml.") from error
 
     @property
     def numbers(self) -> str:
