@@ -112,6 +112,24 @@ class TestSpheresOfThePaper:
         strengths = [0.04 * np.median(sizes_of(rng, library.shapes["fuzzy_sphere"][0], MILD)) / 2 for _ in range(300)]
         assert min(abs(np.log(strength / PAPER_STRENGTHS[0])) for strength in strengths) < MARGIN
 
+    @pytest.mark.xfail(
+        raises=AssertionError, reason="only the family called sphere keeps away: a third of the fuzzy spheres are spheres to 2 %"
+    )
+    def test_what_is_as_good_as_a_sphere_stays_out_too(self, library):
+        """A sphere with a fuzzy edge of a hundredth of its radius is the sphere of the tables by another name."""
+        x = np.linspace(0.5, 30, 400)
+        sphere = library.shapes["sphere"][0]
+        (family,) = (family for family in FAMILIES if family.name == "fuzzy_sphere")
+        near = [
+            shape
+            for shape in make_shapes(family, seed=2026, count=30)
+            if np.mean((np.log(shape(x) + 3e-6) - np.log(sphere(x) + 3e-6)) ** 2) < 0.02
+        ]
+        assert near
+        rng = np.random.default_rng(0)
+        strengths = [0.04 * np.median(sizes_of(rng, shape, MILD)) / 2 for shape in near for _ in range(20)]
+        assert min(abs(np.log(strength / paper)) for strength in strengths for paper in PAPER_STRENGTHS) > 0.99 * MARGIN
+
 
 class TestSamples:
     @settings(max_examples=60, deadline=None)
