@@ -266,7 +266,7 @@ seeds. dsnet-paper is fine-tuned for {iterations} steps on each curve, of the no
 best of the row.
 
 dsnet is the released model {model}: spheres, cylinders and cubic paracrystals like these were kept out of its training by
-a margin (`dsnet_bluesky.library`). One pass, no fine-tuning. Its columns were made last.
+a margin (near relatives of the sphere were not before 2.0.0: see its card). One pass, no fine-tuning.
 
 The paper does not give the cylinder's size. R = 85, L = 400 angstrom comes near its figures; SasView's default (R = 20,
 L = 400 angstrom) is hardly smeared and is given for completeness, beside the same published figures. The cubic paracrystal

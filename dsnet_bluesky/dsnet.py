@@ -46,6 +46,9 @@ Floats = NDArray[np.floating[Any]]
 BATCH_NODES = 20_000
 """Nodes of all curves that are worked on at once: they stay in the caches of a CPU."""
 
+PROXIMAL_ENTRIES = 4_000_000
+"""Elements of the matrices that proximal steps work on at once: each curve has its own."""
+
 MISSED = 3.0
 """chi2 above which an answer takes proximal steps: below it they hurt as often as they help (docs/explanation/dsnet.md)."""
 
@@ -139,7 +142,8 @@ class DSNet:
     def _missed(self, chi2: Tensor) -> tuple[Tensor, ...]:
         """Rows of answers that are to take proximal steps, a few at a time: each needs matrices of its own."""
         rows = (chi2 > MISSED).nonzero()[:, 0]
-        return rows.split(8) if self.consistency and rows.numel() else ()
+        few = max(1, PROXIMAL_ENTRIES // self.operator.smearing.q_calc.size**2)
+        return rows.split(few) if self.consistency and rows.numel() else ()
 
     def _chi2(self, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
         rest = (torch.exp(ln_I) @ self.operator.matrix.double().T - I) / Idev

@@ -154,7 +154,7 @@ def _unrolled(card: dict[str, Any]) -> str:
     return f"""**Training data.** {data["curves"]} curves measured in {data["sessions"]} sessions, each with an instrument of
 its own (Gaussian, pinhole and odd kernels, rings and masked sectors of an area detector, slits, wavelength spread; linear,
 logarithmic and measured grids, with gaps), counting and relative noise, stated well, badly or not at all. No measured
-data. Spheres, cylinders and cubic paracrystals like those of the paper's tables are left out by a margin.
+data. Spheres, cylinders and cubic paracrystals with the dimensionless parameters of the paper's tables are left out by a margin.
 
 - Training families: {families["training"]}; peaks on power laws, gratings, and mixtures of all.
 - Validation families, by which choices were made and errors calibrated: {families["validation"]}.

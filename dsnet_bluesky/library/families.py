@@ -353,7 +353,7 @@ def _coil(d: Draw) -> tuple[dict[str, float], float]:
 
 
 def _star(d: Draw) -> tuple[dict[str, float], float]:
-    return {"rg_squared": UNIT**2, "arms": d.whole(2, 8)}, UNIT
+    return {"rg_squared": UNIT**2, "arms": d.whole(2, 6)}, UNIT
 
 
 def _excluded_volume(d: Draw) -> tuple[dict[str, float], float]:
@@ -486,7 +486,7 @@ def _raspberry(d: Draw) -> tuple[dict[str, float], float]:
         "surface_fraction": d(0.1, 0.7),
         "radius_lg": UNIT / 2,
         "radius_sm": UNIT / 2 * small,
-        "penetration": UNIT / 2 * small * d(0, 1),
+        "penetration": d(0, 1),
         "sld_lg": d(-3, 6),
         "sld_sm": d(1, 6),
         "sld_solvent": 0,

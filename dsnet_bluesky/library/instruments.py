@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsnet_bluesky.desmearing.kernels import widths_below
 from dsnet_bluesky.smearing import Smearing, extend
 from dsnet_bluesky.smearing.hats import hats
 
@@ -66,8 +67,10 @@ class Instrument:
     def view(self) -> View:
         """What samples are chosen by."""
         q = self.smearing.q
-        steps = np.diff(q)
-        return View(max(float(q[0]), 1e-6), float(q[-1]), float(np.median(self.smearing.widths)), float(np.quantile(steps, 0.5)))
+        step = float(np.median(np.diff(q)))
+        # A slit's length hides nothing: its sharp edge resolves what its second moment does not.
+        width = float(np.hypot(np.median(widths_below(self.smearing)), BOX * step))
+        return View(max(float(q[0]), 1e-6), float(q[-1]), width, step)
 
 
 def draw_instrument(rng: np.random.Generator, kind: str | None = None, points: tuple[int, int] = (50, 600)) -> Instrument:

@@ -22,6 +22,9 @@ Curve = Callable[[Floats], Floats]
 PAPER_STRENGTHS = (0.12, 0.24)
 """Width times radius of the spheres of the paper's tables, mild and severe: kept out by `MARGIN`."""
 
+NEAR_SPHERES = ("sphere", "fuzzy_sphere", "core_shell_sphere", "core_multi_shell", "ellipsoid", "raspberry", "polymer_micelle")
+"""Families that hold shapes hardly different from spheres: they keep the same margin."""
+
 SIZES = 41
 """Number of sizes in a distribution."""
 
@@ -186,7 +189,7 @@ def _sized(rng: np.random.Generator, shape: Shape, view: View) -> Curve:
     while True:
         size = _log(rng, smallest, max(largest, 1.5 * smallest))
         strength = view.width * size / 2
-        if shape.family != "sphere" or all(abs(np.log(strength / paper)) > MARGIN for paper in PAPER_STRENGTHS):
+        if shape.family not in NEAR_SPHERES or all(abs(np.log(strength / paper)) > MARGIN for paper in PAPER_STRENGTHS):
             break
     if rng.random() < 0.55 or not shape.oscillates:
         return lambda q: shape(q * size)

@@ -227,7 +227,9 @@ def calibrate(network: Unrolled, sessions: Sequence[Session], knots: int = 8) ->
         products.append(_products(z, answer.ln_resolved, part.operator))
     ln_error, miss = torch.cat(stated), torch.cat(missed)
     # Many errors may be the least that can be stated: two knots in one place would divide by zero.
-    edges = torch.quantile(ln_error[:: max(1, len(ln_error) // 100_000)], torch.linspace(0, 1, knots + 1)).unique()
+    edges = torch.quantile(
+        ln_error[:: max(1, len(ln_error) // 100_000)], torch.linspace(0, 1, knots + 1, device=ln_error.device)
+    ).unique()
     centres, factors, ratios = [], [], []
     for low, high in itertools.pairwise(edges):
         inside = (ln_error >= low) & (ln_error <= high)
@@ -264,7 +266,7 @@ def _products(z: Tensor, ln_resolved: Tensor, operator: Operator) -> Tensor:
 def _correlation(products: Tensor) -> list[float]:
     """Shares of the variance that are correlated over each of `CORRELATION_LENGTHS`, by non-negative least squares."""
     edges = np.geomspace(0.1, 40, 25)
-    distance, product = products.numpy().T
+    distance, product = products.cpu().numpy().T
     place = np.digitize(distance, edges)
     inside = [place == k for k in range(1, len(edges)) if (place == k).sum() > 100]
     centres = np.array([distance[k].mean() for k in inside])

@@ -329,7 +329,7 @@ def evaluate(network: Unrolled, sessions: Iterable[Session]) -> tuple[float, flo
     return means[0], means[1], means[2], shares[0], shares[1]
 
 
-def prepare(recipe: Recipe, directory: Path, notify: Any = None) -> tuple[list[Session], list[Session]]:
+def prepare(recipe: Recipe, directory: Path, device: str = "cpu", notify: Any = None) -> tuple[list[Session], list[Session]]:
     """Make, or find, the library and the sessions of a recipe; sessions come back in memory."""
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / LIBRARY).exists():
@@ -337,7 +337,7 @@ def prepare(recipe: Recipe, directory: Path, notify: Any = None) -> tuple[list[S
     data = recipe.data
     training = make_sessions(directory, recipe, "training", data.sessions, data.curves, notify)
     validation = make_sessions(directory, recipe, "validation", data.validation_sessions, data.validation_curves, notify)
-    return [load_session(path) for path in training], [load_session(path) for path in validation]
+    return [load_session(path, device) for path in training], [load_session(path, device) for path in validation]
 
 
 def train(recipe: Recipe, directory: Path, *, device: str = "cpu", notify: Callable[[int, int, str], None] | None = None) -> None:
@@ -355,7 +355,7 @@ def train(recipe: Recipe, directory: Path, *, device: str = "cpu", notify: Calla
         See `training.train`.
     """
     say = notify or (lambda done, total, word: None)
-    sessions, validation = prepare(recipe, directory, lambda done, total: say(done, total, "sessions"))
+    sessions, validation = prepare(recipe, directory, device, lambda done, total: say(done, total, "sessions"))
     state = Training(recipe, device)
     state.resume(directory / CHECKPOINT)
     steps = recipe.schedule.steps
