@@ -34,7 +34,7 @@ FLAG_WORDS = {
 }
 """What each `data.Flag` means to a user."""
 
-METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version may follow: dsnet:2.0.0."
+METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version may follow: dsnet:2.0.0rc1."
 
 OVERFIT = 0.1
 """Below this chi2 the given errors are too large by a factor of three or more."""
@@ -239,8 +239,9 @@ def train(
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from . import training
+    from .network import check_device
 
-    _check_device(device)
+    check_device(device)
     parsed = training.load_recipe(recipe)
     target = output or Path(f"{parsed.name}-{parsed.version}")
     columns = (
@@ -321,18 +322,6 @@ def _desmear_runs(client: Any, uids: list[str], method: str) -> None:
         raise typer.Exit(1)
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    from .data import BadInput
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"torch cannot use the device {device!r} ({reason}); try --device cpu.") from error
-
-
 def _check_figure(path: Path, curves: Path, overwrite: bool) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -389,8 +378,9 @@ def _smearing_words(smearing: Smearing) -> str:
 
 
 def _method_words(result: xr.Dataset) -> str:
-    options = ", ".join(f"{name} = {value}" for name, value in json.loads(result.attrs["options"]).items())
-    return f"{result.attrs['method']} ({options})" if options else str(result.attrs["method"])
+    options = [f"{name} = {value}" for name, value in json.loads(result.attrs["options"]).items() if name != "model"]
+    words = ", ".join(([result.attrs["model"]] if "model" in result.attrs else []) + options)
+    return f"{result.attrs['method']} ({words})" if words else str(result.attrs["method"])
 
 
 def _notes(measured: xr.Dataset, result: xr.Dataset, chi2: list[float]) -> list[str]:

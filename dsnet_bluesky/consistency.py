@@ -60,9 +60,12 @@ def correlation(place: Tensor, shares: Sequence[float]) -> Tensor:
         Parts of the variance that are correlated over each of `CORRELATION_LENGTHS`; the rest is a node's own.
     """
     square = (place[..., :, None] - place[..., None, :]) ** 2
-    parts = [share * torch.exp(-0.5 * square / length**2) for share, length in zip(shares, CORRELATION_LENGTHS, strict=True)]
-    own = max(1 - sum(shares), OWN)
-    return torch.stack(parts).sum(dim=0) + own * torch.eye(place.shape[-1], dtype=place.dtype, device=place.device)
+    total = torch.zeros_like(square)
+    for share, length in zip(shares, CORRELATION_LENGTHS, strict=True):
+        if share > 0:
+            total += share * torch.exp(-0.5 * square / length**2)
+    total.diagonal(dim1=-2, dim2=-1).add_(max(1 - sum(shares), OWN))
+    return total
 
 
 def proximal(

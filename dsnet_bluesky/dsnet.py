@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .consistency import correlation, counted, proximal
-from .data import Flag
+from .consistency import EXACT, correlation, counted, proximal
+from .data import BadInput, Flag
 from .desmearing import Solution
 from .desmearing.ift import IFT
 from .desmearing.kernels import straightened, widths_below
 from .desmearing.map import MAP
 from .features import Operator, features_of
+from .network import check_device
 from .smearing import Smearing
 from .unrolled import Unrolled, UnrolledConfig
 from .versions import Model, load_model
@@ -48,6 +49,9 @@ BATCH_NODES = 20_000
 
 PROXIMAL_ENTRIES = 4_000_000
 """Elements of the matrices that proximal steps work on at once: each curve has its own."""
+
+SILENT = 0.3
+"""A curve whose mean squared signal is below this, in units of its noise, is less than noise: empty, or its errors are wrong."""
 
 MISSED = 3.0
 """chi2 above which an answer takes proximal steps: below it they hurt as often as they help (docs/explanation/dsnet.md)."""
@@ -89,7 +93,10 @@ class DSNet:
     ) -> None:
         self.smearing = smearing
         self.consistency, self.fallback, self.device = consistency, fallback, device
+        check_device(device)
         self.model = load_model(model)
+        if "calibration" not in self.model.card:
+            raise BadInput(f"{self.model.name} {self.model.version} is no model of the method dsnet; leave out the option model.")
         self.network, self.range = load_network(self.model, device)
         self.working = Working(smearing)
         self.operator = Operator(self.working.smearing, device)
@@ -124,6 +131,8 @@ class DSNet:
     def _pass(self, I: Floats, Idev: Floats) -> _Found:
         """Answer one batch on the working grid."""
         I, Idev = self.working.curves(np.asarray(I, dtype=float), np.asarray(Idev, dtype=float))
+        Idev = np.maximum(Idev, EXACT * np.abs(I))
+        silent = torch.as_tensor(np.mean((I / Idev) ** 2, axis=-1) < SILENT, device=self.operator.device)
         features = features_of(self.operator, I, Idev)
         answer = self.network(self.operator, features)
         ln_I, error = answer.ln_I.double(), self.calibration(answer.ln_error).double()
@@ -136,7 +145,8 @@ class DSNet:
             kept = reached < before[rows]
             ln_I[rows[kept]], after[rows[kept]], moved[rows[kept]] = nearer[kept], reached[kept], True
         columns = (ln_I + torch.log(features.scale), error, error * answer.ln_share.exp(), width, before, after, moved)
-        flags = torch.where(self._distance(answer.deep) > self.calibration.farthest, int(Flag.OUT_OF_RANGE), 0) | self._unusual
+        strange = silent | (self._distance(answer.deep) > self.calibration.farthest)
+        flags = torch.where(strange, int(Flag.OUT_OF_RANGE), 0) | self._unusual
         return _Found(*(column.cpu().numpy() for column in (*columns, flags)))
 
     def _missed(self, chi2: Tensor) -> tuple[Tensor, ...]:
@@ -181,7 +191,8 @@ class DSNet:
     def _substitute(self, solution: Solution, I: Floats, Idev: Floats, chi2: Floats) -> None:
         """Give a classical answer where the curve is out of range, the network's answer misses it and theirs does not."""
         strange = (solution.flags & int(Flag.OUT_OF_RANGE)) > 0
-        for row in np.flatnonzero((chi2 > POOR) & strange):
+        hopeless = ~np.isfinite(chi2)
+        for row in np.flatnonzero(hopeless | ((chi2 > POOR) & strange)):
             found = self._best_classical(I[row : row + 1], Idev[row : row + 1])
             if found is not None:
                 solution.attrs["answer"][row] = found[0]

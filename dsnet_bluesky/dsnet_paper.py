@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from .data import BadInput, Flag
 from .desmearing import Solution
-from .network import DSNet, NetworkConfig
+from .network import DSNet, NetworkConfig, check_device
 from .smearing import GAUSSIAN_REACH, Smearing
 from .versions import Model, load_model
 
@@ -98,7 +98,12 @@ class DSNetPaper:
         if iterations < 1 or learning_rate <= 0:
             raise BadInput(f"iterations is {iterations} and learning_rate {learning_rate}; both must be positive.")
         self.smearing = smearing
+        check_device(device)
         self.model = load_model(model)
+        if "unets" not in self.model.card["architecture"]:
+            raise BadInput(
+                f"{self.model.name} {self.model.version} is no model of the method dsnet-paper; leave out the option model."
+            )
         self.device = device
         self.iterations = iterations if fine_tune else 0
         self.learning_rate = learning_rate

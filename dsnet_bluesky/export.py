@@ -138,7 +138,11 @@ def _terms(dataset: xr.Dataset, process: Mapping[str, Any], smearing: Smearing |
     if smearing is not None:
         operator = {"smearing": smearing.kind, **{f"smearing_{k}": v for k, v in smearing.parameters.items()}}
         operator["smearing_sha256"] = smearing.digest
-    own = {name: dataset.attrs[name] for name in ("method", "options", "diagnostics") if name in dataset.attrs}
+    own = {
+        name: dataset.attrs[name]
+        for name in ("method", "model", "model_sha256", "options", "diagnostics")
+        if name in dataset.attrs
+    }
     everything = {**own, **operator, **process}
     return {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in everything.items()}
 
@@ -169,6 +173,9 @@ def _write_curves(entry: h5py.Group, exposure: xr.Dataset, smearing: Smearing | 
     group = _sasdata(entry, "desmeared", exposure, "I", "Idev")
     if "Qdev" in exposure and np.isfinite(exposure["Qdev"].values).all():
         _resolution(group, {"Qdev": exposure["Qdev"].values}, "Gaussian")
+    if "Idev_noise" in exposure and np.isfinite(exposure["Idev_noise"].values).all():
+        group["Idev_noise"] = exposure["Idev_noise"].values
+        group["Idev_noise"].attrs.update(units=_units(exposure["I"]), long_name="part of Idev that the noise makes")
     smeared = _write_smeared(entry, exposure, "I_smeared", "Idev_smeared", smearing)
     if "I_resmeared" in exposure:
         smeared["I_resmeared"] = exposure["I_resmeared"].values

@@ -68,8 +68,7 @@ class Operator:
         self.smearing = smearing
         self.device = torch.device(device)
         q, nodes = smearing.q, smearing.q_calc
-        self.straight = straightened(smearing, np.eye(nodes.size))
-        matrix = smearing.matrix @ self.straight
+        matrix = smearing.matrix @ straightened(smearing, np.eye(nodes.size))
         matrix[np.abs(matrix) < NOTHING] = 0.0
         self.matrix = self.tensor(matrix)
         seen = matrix.sum(axis=0)

@@ -15,9 +15,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["DSNet", "NetworkConfig"]
+from dsnet_bluesky.data import BadInput
+
+__all__ = ["DSNet", "NetworkConfig", "check_device"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class NetworkConfig:
     def to_dict(self) -> dict[str, Any]:
         """Give plain values, as a card or a recipe holds them."""
         return {**asdict(self), "channels": list(self.channels)}
+
+
+def check_device(device: str) -> None:
+    """Raise `BadInput` if torch cannot compute on a device."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"torch cannot use the device {device!r} ({reason}); try cpu.") from error
 
 
 class DSNet(nn.Module):

@@ -19,7 +19,7 @@ __all__ = ["Working"]
 
 Floats = NDArray[np.floating]
 
-MOST_STEPS = 16.0
+MOST_STEPS = 14.0
 """Width in steps up to which a grid is left as it is."""
 
 STEPS = 8.0
@@ -78,8 +78,9 @@ class Working:
         return self._mean(I), np.sqrt(self._mean(Idev**2) / counts)
 
     def interpolate(self, values: Floats, q: Floats) -> Floats:
-        """Take smooth values on the working q_calc, shape (..., m), to any q, by cubic splines."""
+        """Take smooth values on the working q_calc, shape (..., m), to any q, by cubic splines; constant beyond its ends."""
         nodes = self.smearing.q_calc
+        q = np.clip(q, nodes[0], nodes[-1])
         index = np.clip(np.searchsorted(nodes, q), 0, nodes.size - 1)
         if np.array_equal(nodes[index], q):
             return values[..., index]

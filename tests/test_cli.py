@@ -228,7 +228,7 @@ class TestBadInput:
     def test_other_commands(self, fails, tmp_path):
         fails("serve", "nothing.yml", match=r"nothing\.yml does not exist")
         fails("train", "nothing", match="nothing")
-        fails("train", "--device", "abacus", match="torch cannot use the device 'abacus' .*--device cpu")
+        fails("train", "--device", "abacus", match="torch cannot use the device 'abacus' .*try cpu")
         nobody = ("--uri", "http://127.0.0.1:9")
         fails("register", *nobody, match="No Tiled server answers at http://127.0.0.1:9 .*dsnet-bluesky serve")
         fails("ingest", "a.edf", "--purpose", "sample", "--poni", "a.poni", *nobody, match="No Tiled server answers")

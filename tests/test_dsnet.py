@@ -7,7 +7,7 @@ import xarray as xr
 
 from dsnet_bluesky.data import BadInput, Flag, curve
 from dsnet_bluesky.desmearing import desmear, prepare
-from dsnet_bluesky.desmearing.covariance import covariance
+from dsnet_bluesky.desmearing.covariance import covariance, coverage_factor
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.versions import load_model
 
@@ -205,6 +205,24 @@ class TestLimits:
         wide = prepare(Smearing.gaussian(q, 1.3), "dsnet", fallback=False)
         assert int(wide(curve(q, ideal(q), 0.01 * ideal(q)))["flags"]) & int(Flag.OUT_OF_RANGE)
 
+    @pytest.mark.parametrize("factor", [0.0, 1.0])
+    def test_a_curve_of_less_than_noise_is_flagged(self, prepared, factor):
+        q = prepared.smearing.q
+        result = prepared(curve(q, factor * ideal(q), np.full(q.size, 1e3)))
+        assert int(result["flags"]) & int(Flag.OUT_OF_RANGE)
+
+    def test_beyond_the_nodes_that_a_user_gives_the_curve_is_constant(self):
+        q = np.linspace(0.05, 3.0, 300)
+        data = measured(0.01, count=1)
+        result = prepare(Smearing.gaussian(q, WIDTH, q_calc=np.linspace(0.2, 2.8, 265)), fallback=False)(data)
+        outside = q < 0.2
+        assert np.ptp(np.log(result["I"].values[0][outside])) < 1e-6
+
+    def test_errors_of_nearly_nothing_do_no_harm(self, prepared):
+        data = measured(0.0, count=1)
+        data["Idev"] *= 1e-8
+        assert error(prepared(data)) < 1e-4
+
     def test_bare_network_changes_nothing_of_good_answers(self, prepared):
         data = measured(0.02)
         bare = prepare(prepared.smearing, "dsnet", consistency=False, fallback=False)(data)
@@ -234,12 +252,40 @@ class TestVersions:
         [
             ("dsnet:9.9.9", {}, "no model 'dsnet:9.9.9'"),
             ("map:1.0.0", {}, "map has no released models"),
-            ("dsnet:2.0.0", {"model": "dsnet-paper"}, "give one of them"),
+            ("dsnet:2.0.0rc1", {"model": "dsnet-paper"}, "give one of them"),
         ],
     )
     def test_versions_that_make_no_sense_are_refused(self, prepared, method, options, words):
         with pytest.raises(BadInput, match=words):
             prepare(prepared.smearing, method, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu"}, "torch cannot use the device 'gpu'"),
+        ({"device": "meta"}, "torch cannot use the device 'meta'"),
+        ({"model": "dsnet-paper"}, "dsnet-paper 1.0.0 is no model of the method dsnet"),
+    ],
+)
+def test_devices_and_models_that_do_not_serve_are_refused(prepared, options, words):
+    with pytest.raises(BadInput, match=words):
+        prepare(prepared.smearing, "dsnet", **options)
+
+
+def test_a_result_names_its_model(prepared):
+    result = prepared(measured(0.02, count=1))
+    assert result.attrs["model"] == f"dsnet:{prepared.model.version}"
+    assert result.attrs["model_sha256"] == prepared.model.sha256
+
+
+def test_a_classical_answer_has_no_covariance_of_the_model(prepared):
+    one = prepared(measured(0.02, count=1)).isel(exposure=0)
+    assert coverage_factor(one) > 2
+    one["flags"] = one["flags"] | int(Flag.SUBSTITUTED)
+    assert coverage_factor(one) == 1.96
+    with pytest.raises(BadInput, match="does not say"):
+        covariance(one)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

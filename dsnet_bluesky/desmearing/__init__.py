@@ -96,7 +96,7 @@ def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "dsnet", **opt
     smearing
         The operator that smeared them, on the same q.
     method
-        A key of `METHODS`.
+        A key of `METHODS`; of one with released models a version may be asked for, as in ``"dsnet:2.0.0rc1"``.
     **options
         Keyword arguments of the method's class.
 
@@ -251,6 +251,11 @@ class Prepared:
             "options": json.dumps(self.options, sort_keys=True, default=str),
             "diagnostics": json.dumps(solution.attrs, sort_keys=True),
             "smearing": self.smearing.kind,
+            **(
+                {}
+                if self.model is None
+                else {"model": f"{self.model.name}:{self.model.version}", "model_sha256": self.model.sha256}
+            ),
         }
 
 

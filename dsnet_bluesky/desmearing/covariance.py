@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.data import BadInput, Flag
 
 __all__ = ["Covariance", "covariance", "coverage_factor"]
 
@@ -82,7 +82,7 @@ def covariance(result: xr.Dataset) -> Covariance:
     if "exposure" in result.dims:
         raise BadInput("Give one exposure: covariance(result.isel(exposure=0)).")
     told = json.loads(result.attrs.get("diagnostics", "{}")).get("correlation")
-    if not told or not np.isfinite(result["Qdev"].values).all():
+    if not told or _substituted(result) or not np.isfinite(result["Qdev"].values).all():
         raise BadInput(
             f"{result.attrs.get('method', 'The method')} does not say how the errors of this curve are correlated; "
             "only answers of the method dsnet do that are its own."
@@ -108,7 +108,14 @@ def coverage_factor(result: xr.Dataset) -> float:
     result
         A desmeared Dataset.
     """
+    if _substituted(result):
+        return GAUSSIAN
     return float(json.loads(result.attrs.get("diagnostics", "{}")).get("coverage_factor", GAUSSIAN))
+
+
+def _substituted(result: xr.Dataset) -> bool:
+    """Whether a classical method answered, of whose errors the model knows nothing; of several exposures, all of them."""
+    return "flags" in result and bool((result["flags"].values & int(Flag.SUBSTITUTED)).all())
 
 
 def _bumps(place: NDArray, length: float) -> NDArray:
