@@ -28,6 +28,7 @@ from dsnet_bluesky.frames import path_of
 from dsnet_bluesky.pipeline import Config, PreparedExposures
 from dsnet_bluesky.plans import Instrument, direct_beam, expose
 from dsnet_bluesky.sim import SaxsCamera, SimBeamline
+from dsnet_bluesky.versions import load_model
 
 CONFIG = Config(bins=60, per_bin=32)
 BEAMSTOP = 2.8e-3
@@ -407,7 +408,8 @@ def test_configuration_that_was_used_is_recorded(line, desmear):
     used, metadata = replace(CONFIG, wavelength_spread=0.05), line.result(sample).metadata
     assert metadata["config"] == used.to_dict()
     assert metadata["config_sha256"] == used.sha256
-    assert line.result(sample).item["id"] == result_key(sample, beam, used.sha256, "")
+    assert metadata["model_sha256"] == load_model("dsnet").sha256
+    assert line.result(sample).item["id"] == result_key(sample, beam, used.sha256, metadata["model_sha256"])
 
 
 def test_listener_that_comes_in_the_middle_of_a_run(line):

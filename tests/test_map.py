@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
 from scipy.optimize import curve_fit
 
+from dsnet_bluesky import desmearing
 from dsnet_bluesky.data import BadInput, Flag, curve
-from dsnet_bluesky.desmearing import desmear, prepare
+from dsnet_bluesky.desmearing import prepare
 from dsnet_bluesky.desmearing.kernels import thinned
 from dsnet_bluesky.desmearing.map import MAP, _Bending, _Cholesky, _coordinate, _NormalMatrix, _Problem
 from dsnet_bluesky.smearing import Smearing
+
+desmear = partial(desmearing.desmear, method="map")
+
 
 Q = 0.01 * np.arange(1, 502)
 FINE = 0.0005 * (np.arange(20 * 545) + 0.5)
