@@ -103,6 +103,7 @@ class DSNet:
         self.calibration = Calibration(self.model.card["calibration"], device)
         self._unusual = unusual_operator(self.working.smearing, self.model.card["ranges"])
         self._nodes = torch.tensor(np.array(self.working.smearing.q_calc), device=self.operator.device)
+        self._matrix = self.operator.matrix.double()
         self._classical: dict[str, Any] = {}
 
     def __call__(self, I: Floats, Idev: Floats) -> Solution:
@@ -156,7 +157,7 @@ class DSNet:
         return rows.split(few) if self.consistency and rows.numel() else ()
 
     def _chi2(self, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
-        rest = (torch.exp(ln_I) @ self.operator.matrix.double().T - I) / Idev
+        rest = (torch.exp(ln_I) @ self._matrix.T - I) / Idev
         return rest.square().mean(dim=-1)
 
     def _proximal(self, ln_I: Tensor, error: Tensor, width: Tensor, I: Tensor, Idev: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.versions import CARD, load_model
+from dsnet_bluesky.versions import load_model
 
 from . import paper, unrolled
+from .checkpoints import begin
 from .machine import hardware
 
 __all__ = ["hardware", "load_recipe", "train"]
@@ -65,10 +65,7 @@ def train(recipe: Recipe | str | Path, directory: str | Path, *, device: str = "
         If the directory holds a finished model or a checkpoint of another recipe, or sasmodels is not installed.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
-    directory = Path(directory)
-    if (directory / CARD).exists():
-        raise BadInput(f"{directory} holds a finished model; give another directory, a released model is never changed.")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = begin(directory)
     if isinstance(recipe, paper.Recipe):
         say = notify or (lambda done, total, word: None)
         words = "loss {:.4g}, validation {:.4g}"

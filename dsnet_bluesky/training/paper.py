@@ -7,7 +7,6 @@ import csv
 import datetime
 import hashlib
 import importlib.metadata
-import os
 import time
 import tomllib
 from collections.abc import Callable
@@ -26,8 +25,9 @@ from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.library.families import form_factor
 from dsnet_bluesky.network import DSNet, NetworkConfig
 from dsnet_bluesky.smearing import Smearing
-from dsnet_bluesky.versions import CARD, WEIGHTS, load_model, sha256_of, write_card
+from dsnet_bluesky.versions import WEIGHTS, load_model, sha256_of, write_card
 
+from .checkpoints import begin, load_checkpoint, save_checkpoint
 from .machine import hardware
 
 __all__ = ["Curves", "Epoch", "Recipe", "make_curves", "train"]
@@ -225,10 +225,7 @@ def train(
         or sasmodels is not installed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    directory = Path(directory)
-    if (directory / CARD).exists():
-        raise BadInput(f"{directory} holds a finished model; give another directory, a released model is never changed.")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = begin(directory)
     curves = make_curves(recipe)
     state = TrainingState(recipe, device)
     state.resume(directory / CHECKPOINT)
@@ -305,8 +302,8 @@ class TrainingState:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a crash while writing leaves the one before."""
-        partial = path.with_suffix(".partial")
-        torch.save(
+        save_checkpoint(
+            path,
             {
                 "recipe": self.recipe.source,
                 "network": self.network.state_dict(),
@@ -315,9 +312,7 @@ class TrainingState:
                 "history": [tuple(epoch) for epoch in self.history],
                 "seconds": self.seconds,
             },
-            partial,
         )
-        os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint, if there is one.
@@ -327,11 +322,9 @@ class TrainingState:
         BadInput
             If the checkpoint was written by another recipe.
         """
-        if not path.exists():
+        saved = load_checkpoint(path, self.recipe.source, self.device)
+        if saved is None:
             return
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        if saved["recipe"] != self.recipe.source:
-            raise BadInput(f"{path} belongs to another recipe; delete it or give another directory.")
         self.network.load_state_dict(saved["network"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.best = saved["best"]

@@ -34,6 +34,7 @@ from dsnet_bluesky.library.samples import Library, families_of, load_library, ma
 from dsnet_bluesky.unrolled import Answer, Unrolled, UnrolledConfig
 from dsnet_bluesky.versions import WEIGHTS, sha256_of, write_card
 
+from .checkpoints import load_checkpoint, save_checkpoint
 from .machine import hardware
 from .uncertainty import Repeats, calibrate, learn_parts, measure_repeats, range_of
 
@@ -285,13 +286,11 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a crash while writing leaves the one before."""
-        partial = path.with_suffix(".partial")
         state = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
         history = [tuple(progress) for progress in self.history]
-        torch.save(
-            {**state, "step": self.step, "seconds": self.seconds, "history": history, "recipe": self.recipe.numbers}, partial
+        save_checkpoint(
+            path, {**state, "step": self.step, "seconds": self.seconds, "history": history, "recipe": self.recipe.numbers}
         )
-        os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint, if there is one.
@@ -301,11 +300,9 @@ class Training:
         BadInput
             If the checkpoint was written by another recipe.
         """
-        if not path.exists():
+        saved = load_checkpoint(path, self.recipe.numbers, self.device)
+        if saved is None:
             return
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        if saved["recipe"] != self.recipe.numbers:
-            raise BadInput(f"{path} belongs to another recipe; delete it or give another directory.")
         for name in ("network", "average", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
         self.step, self.seconds = saved["step"], saved["seconds"]
