@@ -14,7 +14,6 @@ It needs sasmodels and sasdata: pip install 'dsnet-bluesky[dev]'.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -217,7 +216,7 @@ def attempt(prepared: Prepared, outcomes: Sequence[Outcome], refusals: list[str]
             refusals.append(str(error))
             return [None]
         return [attempt(prepared, [outcome], refusals)[0] for outcome in outcomes]
-    told = json.loads(result.attrs["diagnostics"]).get("answer", [""] * len(outcomes))
+    told = result["answer"].values if "answer" in result else [""] * len(outcomes)
     return [result.isel(exposure=i).assign_attrs(by=told[i]) for i in range(len(outcomes))]
 
 

@@ -37,8 +37,20 @@ LONG_NAMES = {
     "chi2": "mean squared residual of the re-smeared curve, in units of Idev",
     "flags": "sum of dsnet_bluesky.data.Flag values",
     "status": "ok or failed",
+    "answer": "what answered: the network, proximal steps from it, or a classical method in its place",
+    "chi2_network": "chi2 of the network's answer, before any step towards the measurement",
+    "diameter": "largest dimension of the scatterer in nm",
+    "iterations": "steps of the iteration",
+    "loss_first": "loss of the re-smeared curve before fine-tuning",
+    "loss_last": "loss of the re-smeared curve after fine-tuning",
+    "parameters": "effective number of parameters",
+    "trend": "width of the trend's window, in widths of the operator",
+    "weight": "weight of the prior",
 }
 """One line of meaning for each variable, written into `long_name`."""
+
+WORDS = {"status": ("", "ok", "failed"), "answer": ("", "network", "proximal", "map", "ift")}
+"""Variables of words, and the words they take: stores that know no strings hold their places here, 0 meaning none."""
 
 RESULT_VARIABLES = ("I", "Idev", "Idev_noise", "Qdev", "I_smeared", "Idev_smeared", "I_resmeared")
 """Variables of a desmeared Dataset with dims (exposure, q)."""
@@ -66,7 +78,7 @@ class Flag(enum.IntFlag):
     OUT_OF_RANGE = 16
     """The model was not trained for such a curve or operator."""
     SUBSTITUTED = 32
-    """The model's answer missed the measurement; a classical method's is given, named in the diagnostics."""
+    """The model's answer missed the measurement; a classical method's is given, named by the variable `answer`."""
 
 
 def curve(
@@ -222,25 +234,19 @@ def exposures_of(dataset: xr.Dataset) -> xr.Dataset:
     return dataset if "exposure" in dataset.dims else dataset.expand_dims("exposure")
 
 
-def failed_exposure(q: ArrayLike, units: str = "1/cm") -> xr.Dataset:
-    """Build the row of a desmeared Dataset that stands for an exposure that failed.
+def failed_exposure(result: xr.Dataset) -> xr.Dataset:
+    """Build the row of a desmeared Dataset that stands for an exposure that failed: NaN, 0 and empty words.
 
     Parameters
     ----------
-    q
-        The grid of the other rows, in 1/nm.
-    units
-        Unit of I of the other rows.
+    result
+        What it is to be a row of: its variables, with q and units, are those of the first exposure.
     """
-    grid = np.asarray(q, dtype=float)
-    nothing = np.full((1, grid.size), np.nan)
-    variables: dict[str, Any] = {
-        name: (("exposure", "q"), nothing.copy(), {"units": "1/nm" if name == "Qdev" else units}) for name in RESULT_VARIABLES
-    }
-    variables["chi2"] = ("exposure", [np.nan])
-    variables["flags"] = ("exposure", np.zeros(1, dtype=np.int64))
-    variables["status"] = ("exposure", ["failed"])
-    return describe(xr.Dataset(variables, coords={"q": ("q", grid, {"units": "1/nm"})}))
+    row = exposures_of(result).isel(exposure=[0])
+    for name in [name for name, values in row.data_vars.items() if "exposure" in values.dims]:
+        nothing = np.zeros(row[name].shape, row[name].dtype)
+        row[name] = row[name].copy(data=np.full_like(nothing, np.nan) if nothing.dtype.kind == "f" else nothing)
+    return row.assign(status=("exposure", ["failed"], row["status"].attrs))
 
 
 def concat_exposures(datasets: list[xr.Dataset]) -> xr.Dataset:

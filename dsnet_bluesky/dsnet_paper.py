@@ -128,7 +128,7 @@ class DSNetPaper:
         -------
         Solution
             ``I_calc`` on q_calc, shape (exposure, m); ``Idev`` NaN, shape (exposure, n);
-            ``attrs["resmear_loss"]`` with the first and last loss of each fine-tuning.
+            `diagnostics` with the first and last loss of each fine-tuning.
 
         Raises
         ------
@@ -144,8 +144,14 @@ class DSNetPaper:
         if not np.isfinite(I_calc).all():
             raise BadInput("Fine-tuning diverged; lower learning_rate, or use the methods map or ift.")
         flags = np.array([self._flags(bool(offset)) for offset in offsets], dtype=np.int64)
-        attrs = {"resmear_loss": [list(pair) for pair in losses]}
-        return Solution(I_calc=I_calc, Idev=np.full(I.shape, np.nan), Qdev=None, flags=flags, attrs=attrs)
+        first, last = np.array(losses).T
+        return Solution(
+            I_calc=I_calc,
+            Idev=np.full(I.shape, np.nan),
+            Qdev=None,
+            flags=flags,
+            diagnostics={"loss_first": first, "loss_last": last},
+        )
 
     def _offset(self, log_measured: Floats) -> float:
         """What to add to ln I to bring it to where the network was trained; zero for curves near there."""

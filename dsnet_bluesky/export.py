@@ -232,7 +232,9 @@ def _resolution(group: h5py.Group, columns: Mapping[str, Any], description: str)
 
 
 def _quality(exposure: xr.Dataset) -> dict[str, str]:
-    return {name: f"{exposure[name].item():.6g}" for name in ("chi2", "flags") if name in exposure}
+    """Say how it went with one exposure: chi2, flags, and what its method adds."""
+    said = {str(name): values.item() for name, values in exposure.data_vars.items() if not values.dims and name != "status"}
+    return {name: value if isinstance(value, str) else f"{value:.6g}" for name, value in said.items()}
 
 
 def _write_process(entry: h5py.Group, terms: Mapping[str, str], exposure: xr.Dataset) -> None:

@@ -59,7 +59,7 @@ class CurveClient(DatasetClient):
             coords={name: value for name, value in read.items() if name in coords},
             attrs=dict(self._said["attrs"]),
         )
-        return _decode_status(dataset) if "status" in dataset else dataset
+        return _decode_words(dataset)
 
     @property
     def raw(self) -> Any:
@@ -178,15 +178,16 @@ class DesmearedClient(CurveClient):
         return dataset
 
 
-def _decode_status(dataset: xr.Dataset) -> xr.Dataset:
-    """Replace the numbers of `status` by what they mean, and leave out exposures that are not complete yet."""
-    status = dataset["status"]
-    attrs = dict(status.attrs)
-    meanings = dict(zip(attrs.pop("flag_values"), attrs.pop("flag_meanings").split(), strict=True))
+def _decode_words(dataset: xr.Dataset) -> xr.Dataset:
+    """Replace numbers that stand for words (`data.WORDS`), and leave out exposures that are not complete yet."""
+    coded = {name: values for name, values in dataset.data_vars.items() if "flag_values" in values.attrs}
+    for name, values in coded.items():
+        attrs = dict(values.attrs)
+        meanings = dict(zip(attrs.pop("flag_values"), attrs.pop("flag_meanings").split(), strict=True))
+        words = [meanings.get(int(value), "") for value in values.values]
+        dataset = dataset.assign({name: ("exposure", np.array(words, dtype=str), attrs)})
     # An array is made before it is filled: a status that means nothing marks an exposure on its way.
-    complete = [int(value) in meanings for value in status.values]
-    words = [meanings.get(int(value), "") for value in status.values]
-    return dataset.assign(status=("exposure", np.array(words, dtype=str), attrs)).isel(exposure=complete)
+    return dataset.isel(exposure=(dataset["status"] != "").values) if "status" in dataset else dataset
 
 
 def _read_exposures(array: Any, complete: int) -> Any:

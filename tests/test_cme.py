@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import numpy as np
@@ -232,10 +231,10 @@ def test_few_points():
 
 
 def test_what_was_chosen_is_told(prepared, operator):
-    told = json.loads(prepared(noisy(smeared(shell), 0.01, exposures=2)).attrs["diagnostics"])
-    assert len(told["weight"]) == len(told["trend"]) == 2
+    told = prepared(noisy(smeared(shell), 0.01, exposures=2))
+    assert told["weight"].dims == told["trend"].dims == ("exposure",)
     result = desmear(noisy(smeared(shell), 0.01), operator, "cme", weight=3.0, trend=6)
-    assert json.loads(result.attrs["diagnostics"]) == {"weight": [3.0], "trend": [6]}
+    assert (float(result["weight"]), float(result["trend"])) == (3.0, 6.0)
 
 
 def test_prepared_once_then_cheap(smearing, exact):

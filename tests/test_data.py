@@ -81,7 +81,16 @@ def test_zero_intensities_get_no_exploding_weight(nothing):
 
 
 def test_failed_exposures_join_the_others():
-    joined = concat_exposures([failed_exposure(Q), failed_exposure(Q)])
-    assert joined.sizes == {"exposure": 2, "q": 501}
-    assert list(joined["status"].values) == ["failed", "failed"]
-    assert np.isnan(joined["I"].values).all()
+    good = exposures_of(curve(Q, I, I)).assign(
+        chi2=("exposure", [1.0]), flags=("exposure", [3]), answer=("exposure", ["network"]), status=("exposure", ["ok"])
+    )
+    joined = concat_exposures([failed_exposure(good), good, failed_exposure(good.isel(exposure=0))])
+    assert joined.sizes == {"exposure": 3, "q": 501}
+    assert list(joined["status"].values) == ["failed", "ok", "failed"]
+    assert list(joined["answer"].values) == ["", "network", ""]
+    assert np.isnan(joined["I"].values).all(axis=1).tolist() == [True, False, True]
+    assert np.isnan(joined["chi2"].values).tolist() == [True, False, True]
+    assert {name: v.dtype for name, v in joined.variables.items()} == {name: v.dtype for name, v in good.variables.items()} | {
+        "status": np.dtype("<U6")
+    }
+    assert joined["I"].attrs == good["I"].attrs

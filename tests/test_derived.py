@@ -97,6 +97,30 @@ def test_failed_exposures_are_rows_with_a_reason(client, key):
     assert node.status == "complete"
 
 
+def test_how_it_went_is_kept_for_each_exposure(client, key):
+    """As variables like chi2: the attributes of a result are those of its first exposure only."""
+    writer = ResultWriter.create(client, key, METADATA)
+    told = [("network", 1.5), ("ift", 40.0), ("proximal", 6.0)]
+    for place, (answer, chi2) in enumerate(told):
+        writer.append(short(1.0).assign(answer=("exposure", [answer]), chi2_network=("exposure", [chi2])))
+        if place == 1:
+            writer.append_failure("NaN in the frame")
+    writer.complete()
+    read, bare = client["desmeared"][key].read(), plain(client["desmeared"][key]).read()
+    assert read.answer.values.tolist() == ["network", "ift", "", "proximal"]
+    np.testing.assert_array_equal(read.chi2_network, [1.5, 40.0, np.nan, 6.0])
+    assert bare.answer.values.tolist() == [1, 4, 0, 2]
+    assert bare.answer.flag_values == [1, 2, 3, 4]
+    assert bare.answer.flag_meanings == "network proximal map ift"
+
+
+def test_the_first_exposure_settles_the_variables(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(short(1.0).assign(weight=("exposure", [3.0])))
+    with pytest.raises(BadInput, match="share their variables; diameter, weight is not in all of them: desmear them with one"):
+        writer.append(short(1.0).assign(diameter=("exposure", [12.0])))
+
+
 def test_a_result_without_a_good_exposure_fails(client, key):
     writer = ResultWriter.create(client, key, METADATA)
     writer.append_failure("all pixels are masked")

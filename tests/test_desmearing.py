@@ -64,6 +64,16 @@ class TestEveryMethod:
         assert result["I"].attrs["units"] == "1/cm"
         assert result["Qdev"].attrs["units"] == "1/nm"
 
+    def test_how_it_went_is_told_of_each_exposure(self, method, smearing, curves):
+        result = desmear(curves, smearing, method)
+        told = {"lake": {"iterations"}, "wiener": set(), "map": {"weight", "iterations"}, "ift": {"diameter", "parameters"}}
+        assert set(result) - {*RESULT_VARIABLES, "chi2", "flags", "status"} == told[method]
+        for name in told[method]:
+            assert result[name].dims == ("exposure",)
+            assert result[name].attrs["long_name"]
+            assert (result[name] > 0).all()
+        assert json.loads(result.attrs["diagnostics"]) == {}
+
     def test_chi2_is_of_the_resmeared_answer(self, method, smearing, curves):
         result = desmear(curves, smearing, method)
         residual = (result["I_resmeared"] - result["I_smeared"]) / result["Idev_smeared"]

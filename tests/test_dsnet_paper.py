@@ -35,8 +35,8 @@ def smearing():
 def test_fine_tuning_brings_the_answer_back_to_the_measurement(smearing, psf):
     I = measure(Q)
     solution = DSNetPaper(smearing, iterations=40, psf=psf)(I, 0.01 * I)
-    (first, last) = solution.attrs["resmear_loss"][0]
-    assert last < 0.5 * first
+    told = solution.diagnostics
+    assert told["loss_last"][0] < 0.5 * told["loss_first"][0]
     assert solution.I_calc.shape == (1, smearing.q_calc.size)
     assert log_error(smearing, solution.I_calc, sphere(Q)) < 0.7 * np.mean((np.log(I) - np.log(sphere(Q))) ** 2)
     assert np.isnan(solution.Idev).all()

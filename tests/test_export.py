@@ -70,6 +70,16 @@ class TestRoundTrip:
             assert text(file["sasentry01/sasprocess/program"]) == "dsnet-bluesky"
             assert file["sasentry01/sasprocess/sequence_index"][()] == 1
 
+    def test_how_it_went_is_told_for_each_exposure(self, tmp_path):
+        rows = [result().assign(answer=word, chi2_network=chi2) for word, chi2 in (("ift", 12.5), ("network", 1.0))]
+        path = to_nxcansas(concat_exposures([row.expand_dims("exposure") for row in rows]), tmp_path / "out.h5")
+        for entry, told in zip(
+            Loader().load(str(path))[::2],
+            (["answer = ift", "chi2_network = 12.5"], ["answer = network", "chi2_network = 1"]),
+            strict=True,
+        ):
+            assert entry.process[0].term[2:4] == told
+
     def test_slit_length_and_width_are_not_swapped(self, tmp_path):
         path = to_nxcansas(result(), tmp_path / "out.h5", smearing=Smearing.slit(Q, 0.4, 0.03))
         smeared = Loader().load(str(path))[1]
@@ -136,7 +146,7 @@ class TestStructure:
 
     def test_an_entry_for_each_complete_exposure(self, tmp_path):
         rows = [result(s).expand_dims("exposure") for s in (1.0, 2.0)]
-        dataset = concat_exposures([rows[0], failed_exposure(Q), rows[1]])
+        dataset = concat_exposures([rows[0], failed_exposure(result()), rows[1]])
         path = to_nxcansas(dataset, tmp_path / "out.h5")
         with h5py.File(path) as file:
             assert sorted(file) == ["sasentry01", "sasentry03"]
@@ -201,7 +211,7 @@ class TestTarget:
 
     def test_failed_results_and_foreign_operators(self, tmp_path):
         with pytest.raises(BadInput, match="No exposure"):
-            to_nxcansas(failed_exposure(Q), tmp_path / "out.h5")
+            to_nxcansas(failed_exposure(result()), tmp_path / "out.h5")
         with pytest.raises(BadInput, match="do not belong together"):
             to_nxcansas(result(), tmp_path / "out.h5", smearing=Smearing.identity(Q[:-1]))
         assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 
@@ -121,12 +120,12 @@ def test_coverage(exact, smearing):
 
 def test_weight_grows_with_the_noise_and_is_reported(exact, smearing):
     ideal = exact.apply(5 + np.sin(FINE))
-    quiet, loud = (json.loads(desmear(noisy(ideal, n), smearing).attrs["diagnostics"]) for n in (0.01, 0.2))
-    assert set(quiet) == {"weight", "iterations"}
-    fixed = json.loads(desmear(noisy(ideal, 0.01), smearing, weight=7.0).attrs["diagnostics"])
-    assert fixed["weight"] == [7.0]
-    assert quiet["weight"][0] > 0
-    assert loud["weight"][0] > 0
+    quiet, loud = (desmear(noisy(ideal, n), smearing) for n in (0.01, 0.2))
+    fixed = desmear(noisy(ideal, 0.01), smearing, weight=7.0)
+    assert fixed["weight"] == 7.0
+    assert quiet["weight"] > 0
+    assert loud["weight"] > 0
+    assert quiet["iterations"] > 1
 
 
 def test_limit_is_flagged(exact, smearing):
@@ -135,8 +134,7 @@ def test_limit_is_flagged(exact, smearing):
 
 
 def test_weights_share_a_limit(exact, smearing):
-    diagnostics = desmear(noisy(exact.apply(sphere(FINE)), 0.02), smearing, maximum_iterations=2).attrs["diagnostics"]
-    assert json.loads(diagnostics)["iterations"][0] <= 5 * 2 + 1
+    assert desmear(noisy(exact.apply(sphere(FINE)), 0.02), smearing, maximum_iterations=2)["iterations"] <= 5 * 2 + 1
 
 
 def test_many_points_are_solved_on_fewer_nodes():

@@ -105,10 +105,10 @@ def test_colours_can_be_told_apart_and_truth_is_black():
 
 
 def test_failed_exposures_are_left_out():
-    dataset = concat_exposures([result().expand_dims("exposure"), failed_exposure(Q)])
+    dataset = concat_exposures([result().expand_dims("exposure"), failed_exposure(result())])
     assert len(plots.plot_result(dataset).axes) == 2
     with pytest.raises(BadInput, match="nothing to plot"):
-        plots.plot_result(failed_exposure(Q))
+        plots.plot_result(failed_exposure(result()))
 
 
 def test_negative_intensities_and_zero_q(tmp_path):

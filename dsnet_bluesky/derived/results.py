@@ -17,13 +17,10 @@ from tiled.structures.array import ArrayStructure
 from tiled.structures.core import Spec, StructureFamily
 from tiled.structures.data_source import DataSource
 
-from dsnet_bluesky.data import BadInput, concat_exposures, exposures_of, failed_exposure
+from dsnet_bluesky.data import WORDS, BadInput, concat_exposures, exposures_of, failed_exposure
 from dsnet_bluesky.derived.catalog import CONFLICT, access_tags_of, mount
 
 __all__ = ["LEASE", "AlreadyStored", "ResultWriter"]
-
-STATUSES = ("", "ok", "failed")
-"""Of an exposure; stored as their numbers, because Zarr has no settled format for strings. 0 means not complete yet."""
 
 LEASE = 6 * 3600.0
 """Seconds after which a result that another machine began, and has not touched since, counts as abandoned."""
@@ -52,8 +49,8 @@ class ResultWriter:
     """One result under ``/desmeared``, filled exposure by exposure; make it with `create`.
 
     A result is a container of arrays that reads as a Dataset with dims (exposure, q),
-    also with a plain Tiled client (there `status` of an exposure is a number, explained by the
-    variable's attributes). Its metadata say `status` (running, complete or
+    also with a plain Tiled client (there words, `status` and `answer`, are numbers, explained by the
+    variable's attributes). Which variables it has, the first exposure settles. Its metadata say `status` (running, complete or
     failed), `reason`, the number of `exposures` and which of them failed (`failures`).
     A result that failed as a whole holds no arrays: it reads as an empty Dataset
     whose attributes hold `status` and `reason`. Nothing is changed after `complete`
@@ -68,7 +65,7 @@ class ResultWriter:
         self.exposures = 0
         self._access_tags = access_tags
         self._arrays: dict[str, Any] = {}
-        self._q: np.ndarray | None = None
+        self._first: xr.Dataset | None = None
         self._attrs: dict[str, Any] = dict(node.metadata["attrs"])
         self._failures: list[dict[str, Any]] = []
         self._pending: list[str] = []
@@ -138,33 +135,31 @@ class ResultWriter:
         Parameters
         ----------
         dataset
-            Of `desmearing.desmear`, with or without the dimension exposure, on the q of those before.
+            Of `desmearing.desmear`, with or without the dimension exposure, by one method on one q.
 
         Raises
         ------
         BadInput
-            If its q is another.
+            If its q or its variables are not those of the exposures before.
         """
         rows = exposures_of(dataset)
-        q = rows["q"].values
-        if self._q is not None and not np.array_equal(q, self._q):
-            raise BadInput(f"The exposures of a result share one q; these have {q.size} points, those before {self._q.size}.")
+        if self._first is not None:
+            _check_alike(rows, self._first)
         self._attrs |= {name: value for name, value in dataset.attrs.items() if name not in self._attrs}
-        earlier = [failed_exposure(q, str(rows["I"].attrs.get("units", "1"))) for _ in self._pending]
+        earlier = [failed_exposure(rows)] * len(self._pending)
         self._write(concat_exposures([*earlier, rows]) if earlier else rows, self._pending)
         self._pending = []
 
     def append_failure(self, reason: str) -> None:
         """Append an exposure that failed: a row of NaN, with its status and reason."""
-        if self._q is None:
-            self._pending.append(reason)  # its row is written when the first good exposure gives q
-            return
-        units = self._arrays["I"].metadata["attrs"].get("units", "1")
-        self._write(failed_exposure(self._q, units), [reason])
+        if self._first is None:
+            self._pending.append(reason)  # its row is written when the first good exposure says what a row is
+        else:
+            self._write(failed_exposure(self._first), [reason])
 
     def complete(self) -> None:
         """Declare the result complete; without a single good exposure it fails, for the reason of the first."""
-        if self._q is None:
+        if self._first is None:
             self.fail(self._pending[0] if self._pending else "The run holds no exposure.")
         else:
             self._close("complete", None)
@@ -192,10 +187,10 @@ class ResultWriter:
         self._update(exposures=self.exposures + rows.sizes["exposure"], failures=self._failures + failures)
         self.exposures += rows.sizes["exposure"]
         self._failures += failures
-        self._q = rows["q"].values
+        self._first = rows.isel(exposure=[0]) if self._first is None else self._first
 
     def _put(self, name: str, values: xr.DataArray) -> None:
-        values = _coded(values) if name == "status" else values
+        values = _coded(values, WORDS[name]) if name in WORDS else values
         array = values.values
         if name not in self._arrays:
             self._arrays[name] = self._create_array(name, values, array)
@@ -230,11 +225,23 @@ _open_writers: weakref.WeakValueDictionary[str, ResultWriter] = weakref.WeakValu
 """Results that this process is writing."""
 
 
-def _coded(status: xr.DataArray) -> xr.DataArray:
-    """Turn the statuses of exposures into numbers, with the CF attributes that explain them."""
-    codes = np.array([STATUSES.index(value) for value in status.values], dtype=np.uint8)
-    meanings = {"flag_values": list(range(1, len(STATUSES))), "flag_meanings": " ".join(STATUSES[1:])}
-    return status.copy(data=codes).assign_attrs(meanings)
+def _check_alike(rows: xr.Dataset, first: xr.Dataset) -> None:
+    """Refuse exposures that are not of one q and one method with the first."""
+    q, before = rows["q"].values, first["q"].values
+    if not np.array_equal(q, before):
+        raise BadInput(f"The exposures of a result share one q; these have {q.size} points, those before {before.size}.")
+    if odd := set(rows.variables) ^ set(first.variables):
+        raise BadInput(
+            f"The exposures of a result share their variables; {', '.join(sorted(map(str, odd)))} is not in all of them: "
+            "desmear them with one method."
+        )
+
+
+def _coded(values: xr.DataArray, words: Sequence[str]) -> xr.DataArray:
+    """Turn words into numbers, with the CF attributes that explain them: Zarr has no settled format for strings."""
+    codes = np.array([words.index(value) for value in values.values], dtype=np.uint8)
+    meanings = {"flag_values": list(range(1, len(words))), "flag_meanings": " ".join(words[1:])}
+    return values.copy(data=codes).assign_attrs(meanings)
 
 
 def _tags_of_raw(client: Any, raw_uid: str) -> list[str] | None:

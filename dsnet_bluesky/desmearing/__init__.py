@@ -57,8 +57,11 @@ class Solution:
         deviation of the averaging kernel. None where the method cannot tell.
     flags
         Sums of `data.Flag`, shape (exposure,).
+    diagnostics
+        How it went with each exposure (iterations, weight ...), each of shape (exposure,): variables of the
+        result. A method gives the same ones for every batch, and `data.LONG_NAMES` says what they mean.
     attrs
-        How it went (iterations, weights ...): JSON-serialisable, lists by exposure.
+        What holds for all exposures: JSON-serialisable.
     I
         Desmeared curves on `smearing.q`, shape (exposure, n), from a method that knows
         them better than `smearing.at_q(I_calc)`, which is taken by default.
@@ -71,6 +74,7 @@ class Solution:
     Idev: NDArray
     Qdev: NDArray | None
     flags: NDArray
+    diagnostics: dict[str, NDArray] = field(default_factory=dict)
     attrs: dict[str, Any] = field(default_factory=dict)
     I: NDArray | None = None
     Idev_noise: NDArray | None = None
@@ -104,7 +108,7 @@ def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "dsnet", **opt
     -------
     xarray.Dataset
         With the dims of `curves`: I, Idev, Qdev, I_smeared, Idev_smeared, I_resmeared;
-        per exposure chi2, flags (sum of `data.Flag`) and status.
+        per exposure chi2, flags (sum of `data.Flag`), status and what the method says of how it went.
 
     Raises
     ------
@@ -222,6 +226,7 @@ class Prepared:
         variables["chi2"] = ("exposure", chi2)
         variables["flags"] = ("exposure", self._flags(batch, chi2, solution))
         variables["status"] = ("exposure", np.full(chi2.shape, "ok"))
+        variables |= {name: ("exposure", values) for name, values in solution.diagnostics.items()}
         result = xr.Dataset(variables, coords=batch.coords, attrs=batch.attrs | self._attrs(solution))
         result["I"].attrs["uncertainties"] = "Idev"
         result["q"].attrs["resolutions"] = "Qdev"

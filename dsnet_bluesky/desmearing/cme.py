@@ -114,7 +114,7 @@ class CME:
             Idev=deviation,
             Qdev=np.array([a.Qdev for a in found]),
             flags=np.zeros(len(found), dtype=np.int64),
-            attrs={"weight": [a.weight for a in found], "trend": [a.trend for a in found]},
+            diagnostics={name: np.array([float(getattr(a, name)) for a in found]) for name in ("weight", "trend")},
         )
 
     def _solve(self, measured: NDArray, sigma: NDArray) -> _Answer:

@@ -92,7 +92,10 @@ class IFT:
             Idev=deviation * inflation,
             Qdev=None,
             flags=np.array([int(Flag.POOR_FIT) if self._at_limit(fit) else 0 for fit in found]),
-            attrs={"diameter": [fit.series.diameter for fit in found], "parameters": [fit.parameters for fit in found]},
+            diagnostics={
+                "diameter": np.array([fit.series.diameter for fit in found]),
+                "parameters": np.array([fit.parameters for fit in found]),
+            },
         )
 
     def _at_limit(self, fit: _Fit) -> bool:

@@ -98,7 +98,7 @@ class Lake:
             Idev=np.sqrt(np.mean(spread**2, axis=1)),
             Qdev=None,
             flags=np.where(converged, 0, int(Flag.NOT_CONVERGED)),
-            attrs={"iterations": steps.tolist()},
+            diagnostics={"iterations": steps},
         )
 
     def _check(self, I: NDArray) -> None:

@@ -117,7 +117,7 @@ class MAP:
             Idev=np.array([f.Idev for f in found]),
             Qdev=np.array([f.Qdev for f in found]),
             flags=np.array([0 if f.converged else int(Flag.NOT_CONVERGED) for f in found]),
-            attrs={"weight": [f.weight for f in found], "iterations": [f.iterations for f in found]},
+            diagnostics={name: np.array([getattr(f, name) for f in found]) for name in ("weight", "iterations")},
         )
 
     def _solve(self, measured: NDArray, sigma: NDArray) -> _Answer:
