@@ -85,6 +85,11 @@ def proximal(
         Measured curves, shape (exposure, n), in the same unit.
     steps
         Gauss-Newton steps.
+
+    Returns
+    -------
+    Proximal
+        NaN for curves on which the steps fail (a matrix that rounding makes indefinite).
     """
     matrix = operator.matrix.double()
     start, spread, I, Idev = (part.double() for part in (ln_I, error, I, Idev))
@@ -97,7 +102,8 @@ def proximal(
         smeared = torch.exp(x) @ matrix.T
         noise = torch.diag_embed(torch.maximum(Idev, EXACT * smeared.abs()) ** 2)
         rest = I - smeared + (J @ (x - start)[..., None])[..., 0]
-        factor = torch.linalg.cholesky(J @ back + noise)
+        factor, failed = torch.linalg.cholesky_ex(J @ back + noise)
+        factor = torch.where(failed[:, None, None] > 0, torch.nan, factor)
         move = start + (back @ torch.cholesky_solve(rest[..., None], factor))[..., 0] - x
         x = x + move * (STEP_LIMIT / move.abs().amax(dim=-1, keepdim=True).clamp_min(STEP_LIMIT))
     gain = torch.linalg.solve_triangular(factor, back.mT, upper=False)

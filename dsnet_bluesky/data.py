@@ -18,6 +18,7 @@ __all__ = [
     "BadInput",
     "Flag",
     "check_curve",
+    "check_intensities",
     "concat_exposures",
     "curve",
     "estimate_idev",
@@ -151,14 +152,13 @@ def describe(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def check_curve(dataset: xr.Dataset) -> xr.Dataset:
-    """Return `dataset` if it is a curve that can be desmeared.
+    """Return `dataset` if it is a curve, or one of several exposures is, that can be desmeared.
 
     Raises
     ------
     BadInput
-        If q is not finite, not positive or not strictly ascending, if I or Idev
-        hold NaN or infinity, if an Idev is not positive, if there are fewer than
-        5 points, or no exposure. Negative intensities are fine: some methods refuse them.
+        If q is not finite, not positive or not strictly ascending, if there are fewer than 5 points
+        or no exposure, or if no exposure has intensities that can be used (`check_intensities`).
     """
     missing = {"q", "I", "Idev"} - set(dataset.variables)
     if missing:
@@ -176,18 +176,31 @@ def check_curve(dataset: xr.Dataset) -> xr.Dataset:
             f"q is not ascending: q[{first}] = {q[first]:.6g} is followed by {q[first + 1]:.6g} 1/nm. "
             "Sort the points and merge repeated ones."
         )
-    for name in ("I", "Idev"):
-        _check_finite(name, q, dataset[name].values)
-    if (dataset["Idev"].values <= 0).any():
-        raise BadInput("Idev must be positive at every point; leave it out to have it estimated from the scatter.")
+    I, Idev = dataset["I"], dataset["Idev"]
+    usable = (abs(I) < np.inf) & (Idev > 0) & (Idev < np.inf)
+    if not usable.all(dim="q").any():
+        check_intensities(dataset)
     return dataset
 
 
-def _check_finite(name: str, q: NDArray, values: NDArray) -> None:
-    bad = ~np.isfinite(values)
-    if bad.any():
-        where = q[np.argmax(bad.any(axis=0) if bad.ndim == 2 else bad)]
-        raise BadInput(f"{name} is not finite at {int(bad.sum())} points (first at q = {where:.4g} 1/nm); remove those points.")
+def check_intensities(dataset: xr.Dataset) -> None:
+    """Check the intensities of a curve, or of all exposures.
+
+    Raises
+    ------
+    BadInput
+        If I or Idev hold NaN or infinity, or an Idev is not positive. Negative intensities are fine:
+        some methods refuse them.
+    """
+    for name in ("I", "Idev"):
+        bad = ~np.isfinite(exposures_of(dataset)[name].transpose("exposure", "q").values)
+        if bad.any():
+            where = dataset["q"].values[np.argmax(bad.any(axis=0))]
+            raise BadInput(
+                f"{name} is not finite at {int(bad.sum())} points (first at q = {where:.4g} 1/nm); remove those points."
+            )
+    if (dataset["Idev"].values <= 0).any():
+        raise BadInput("Idev must be positive at every point; leave it out to have it estimated from the scatter.")
 
 
 def estimate_idev(I: ArrayLike) -> NDArray:

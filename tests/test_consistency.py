@@ -149,6 +149,17 @@ def test_curves_are_alone_in_their_batch(operator, correlated, truth):
         torch.testing.assert_close(alone.error[0], together.error[k])
 
 
+@pytest.mark.parametrize("error", [float("nan"), float("inf"), 1e200])
+def test_a_hopeless_curve_leaves_the_others_alone(operator, correlated, truth, error):
+    I, Idev = (torch.cat([part, part]) for part in measured())
+    start, errors = torch.cat([truth, truth]) + wrong(operator, 0.2), 0.2 * torch.cat([ones(operator)] * 2)
+    errors[1] = error
+    found = proximal(operator, start, errors, torch.stack([correlated] * 2), I, Idev).ln_I
+    alone = proximal(operator, start[:1], errors[:1], correlated[None], I[:1], Idev[:1]).ln_I
+    torch.testing.assert_close(found[:1], alone)
+    assert found[1].isnan().all()
+
+
 def test_no_step_is_larger_than_can_be_trusted(operator, correlated, truth):
     """A measurement a million times off: four steps of at most 1 in ln I."""
     I, Idev = measured()

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsnet_bluesky.data import BadInput, check_curve, concat_exposures, curve, estimate_idev, exposures_of, failed_exposure
+from dsnet_bluesky.data import (
+    BadInput,
+    check_curve,
+    check_intensities,
+    concat_exposures,
+    curve,
+    estimate_idev,
+    exposures_of,
+    failed_exposure,
+)
 
 Q = np.linspace(0.01, 5.01, 501)
 I = np.exp(-Q) + 1e-3
@@ -78,6 +87,23 @@ def test_zero_intensities_get_no_exploding_weight(nothing):
     assert (sigma[1] == 1).all()
     np.testing.assert_allclose(sigma[2], 1e-9 * sigma[0])
     np.testing.assert_allclose(estimate_idev(values), sigma[0])
+
+
+@pytest.mark.parametrize(("name", "value"), [("I", np.nan), ("Idev", np.inf), ("Idev", 0.0)])
+def test_one_bad_exposure_does_not_spoil_a_batch(name, value):
+    arrays = {"I": np.tile(I, (3, 1)), "Idev": np.tile(I, (3, 1))}
+    arrays[name][1, 7] = value
+    batch = curve(Q, arrays["I"], arrays["Idev"])
+    with pytest.raises(BadInput, match=f"{name} (is not finite at 1 points|must be positive)"):
+        check_intensities(batch)
+    with pytest.raises(BadInput, match=name):
+        check_curve(batch.isel(exposure=[1]))
+
+
+def test_a_bad_exposure_without_errors_does_not_spoil_a_batch():
+    values = np.tile(I, (3, 1))
+    values[1] = np.nan
+    np.testing.assert_array_equal(curve(Q, values)["Idev"][0], curve(Q, I)["Idev"])
 
 
 def test_failed_exposures_join_the_others():

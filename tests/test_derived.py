@@ -16,7 +16,7 @@ import xarray as xr
 from tiled.client.xarray import DatasetClient
 from tiled.queries import Key
 
-from dsnet_bluesky.data import RESULT_VARIABLES, BadInput, concat_exposures, describe
+from dsnet_bluesky.data import RESULT_VARIABLES, BadInput, concat_exposures, describe, failed_exposure
 from dsnet_bluesky.derived import AlreadyStored, ResultWriter, register_all, register_curves, register_psf, results
 from dsnet_bluesky.documents import Instrument, result_metadata
 from dsnet_bluesky.ingest import ingest
@@ -112,6 +112,21 @@ def test_how_it_went_is_kept_for_each_exposure(client, key):
     assert bare.answer.values.tolist() == [1, 4, 0, 2]
     assert bare.answer.flag_values == [1, 2, 3, 4]
     assert bare.answer.flag_meanings == "network proximal map ift"
+
+
+def test_failed_exposures_of_a_batch_keep_their_reasons(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append_failure("all pixels are masked")
+    good = short(1.0)
+    batch = concat_exposures([good, failed_exposure(good), good])
+    for _ in range(2):
+        writer.append(batch.assign_attrs(failures='[{"exposure": 1, "reason": "50 decades"}]'))
+    writer.complete()
+    node = client["desmeared"][key]
+    assert node.read().status.values.tolist() == ["failed", "ok", "failed", "ok", "ok", "failed", "ok"]
+    reasons = {failure["exposure"]: failure["reason"] for failure in node.metadata["failures"]}
+    assert reasons == {0: "all pixels are masked", 2: "50 decades", 5: "50 decades"}
+    assert "failures" not in node.read().attrs
 
 
 def test_the_first_exposure_settles_the_variables(client, key):

@@ -164,10 +164,67 @@ class TestBadInput:
         assert int(result["flags"]) & int(Flag.EXTRAPOLATED)
 
     def test_bad_curve(self, smearing, curves):
-        broken = curves.copy(deep=True)
-        broken["I"][1, 7] = np.nan
+        broken = curves.isel(exposure=1).copy(deep=True)
+        broken["I"][7] = np.nan
         with pytest.raises(BadInput, match="I is not finite at 1 points"):
             desmear(broken, smearing)
+
+
+HOPELESS = {
+    "50 decades": (np.geomspace(1e-25, 1e25, Q.size), 1e-3),
+    "a spike of 30 decades": (1e30 ** (np.arange(Q.size) == 70), 1e-3),
+    "nothing but NaN": (np.full(Q.size, np.nan), 1.0),
+    "infinite errors": (np.ones(Q.size), np.inf),
+    "no errors": (np.ones(Q.size), 0.0),
+    "negative": (-np.ones(Q.size), 0.1),
+    "more than a square can hold": (np.full(Q.size, 1e200), 1e197),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+class TestOneHopelessExposure:
+    """It is answered, or failed; the others are answered as if alone."""
+
+    @pytest.mark.parametrize("method", sorted(METHODS))
+    def test_spares_the_others(self, method, smearing, curves):
+        prepared = prepare(smearing, method, **({"iterations": 2} if method == "dsnet-paper" else {}))
+        alone = prepared(curves.isel(exposure=[0, 2]))
+        for what, (I, Idev) in HOPELESS.items():
+            batch = curves.copy(deep=True)
+            batch["I"][1], batch["Idev"][1] = I, Idev
+            result = prepared(batch)
+            others = result.isel(exposure=[0, 2])
+            for name in alone.data_vars:
+                if alone[name].dtype.kind == "f":
+                    np.testing.assert_allclose(others[name], alone[name], rtol=1e-5, err_msg=what)
+                else:
+                    np.testing.assert_array_equal(others[name], alone[name], what)
+            hopeless = result.isel(exposure=1)
+            if hopeless["status"] == "ok":
+                assert np.isfinite(hopeless["I"]).all(), what
+                assert not result.attrs.get("failures")
+            else:
+                assert np.isnan(hopeless["I"]).all(), what
+                (failure,) = json.loads(result.attrs["failures"])
+                assert failure["exposure"] == 1
+                assert failure["reason"]
+
+    def test_whatever_a_method_raises(self, smearing, curves):
+        def choking(I, Idev):
+            if (I < 0).any():
+                raise np.linalg.LinAlgError("planted")
+            return Solution(np.ones((len(I), smearing.q_calc.size)), Idev, None, np.zeros(len(I), dtype=int))
+
+        prepared = Prepared(smearing, "lake", {}, choking)
+        batch = curve(Q, np.ones((9, Q.size)), np.ones((9, Q.size)))
+        batch["I"][[2, 7]] = -1
+        result = prepared(batch)
+        assert np.flatnonzero(result["status"] == "failed").tolist() == [2, 7]
+        reasons = json.loads(result.attrs["failures"])
+        assert [failure["exposure"] for failure in reasons] == [2, 7]
+        assert reasons[0]["reason"].startswith("lake found no finite answer for this curve (planted): leave out points")
+        with pytest.raises(BadInput, match="planted"):
+            prepared(batch.isel(exposure=[2, 7]))
 
 
 class TestAnswersAreFinite:
@@ -187,16 +244,16 @@ class TestAnswersAreFinite:
         assert np.isfinite(result["chi2"])
         assert np.isfinite(result["I"]).all()
 
-    @pytest.mark.parametrize(("exposures", "which"), [(1, "this curve"), (3, "exposures 1, 2 of 3")])
-    def test_what_is_not_finite_is_refused(self, smearing, curves, exposures, which):
+    @pytest.mark.parametrize("where", ["I_calc", "Idev"])
+    def test_what_is_not_finite_is_refused(self, smearing, curves, where):
         def diverging(I, Idev):
-            I_calc = np.ones((len(I), smearing.q_calc.size))
-            I_calc[-2:, -1] = np.inf
-            return Solution(I_calc, Idev, None, np.zeros(len(I), dtype=int))
+            solution = Solution(np.ones((len(I), smearing.q_calc.size)), Idev.copy(), None, np.zeros(len(I), dtype=int))
+            getattr(solution, where)[:, -1] = np.inf
+            return solution
 
         prepared = Prepared(smearing, "lake", {}, diverging)
-        with pytest.raises(BadInput, match=f"lake found no finite answer for {which}: .* try another method"):
-            prepared(curves.isel(exposure=slice(exposures)))
+        with pytest.raises(BadInput, match=r"lake found no finite answer for this curve: .* try another method"):
+            prepared(curves)
 
 
 @pytest.mark.parametrize(

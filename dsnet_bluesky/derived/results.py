@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import time
@@ -145,9 +146,12 @@ class ResultWriter:
         rows = exposures_of(dataset)
         if self._first is not None:
             _check_alike(rows, self._first)
-        self._attrs |= {name: value for name, value in dataset.attrs.items() if name not in self._attrs}
+        self._attrs |= {name: value for name, value in dataset.attrs.items() if name not in (*self._attrs, "failures")}
         earlier = [failed_exposure(rows)] * len(self._pending)
-        self._write(concat_exposures([*earlier, rows]) if earlier else rows, self._pending)
+        failures = dict(enumerate(self._pending))
+        for failure in json.loads(dataset.attrs.get("failures", "[]")):
+            failures[len(earlier) + failure["exposure"]] = failure["reason"]
+        self._write(concat_exposures([*earlier, rows]) if earlier else rows, failures)
         self._pending = []
 
     def append_failure(self, reason: str) -> None:
@@ -155,7 +159,7 @@ class ResultWriter:
         if self._first is None:
             self._pending.append(reason)  # its row is written when the first good exposure says what a row is
         else:
-            self._write(failed_exposure(self._first), [reason])
+            self._write(failed_exposure(self._first), {0: reason})
 
     def complete(self) -> None:
         """Declare the result complete; without a single good exposure it fails, for the reason of the first."""
@@ -178,12 +182,12 @@ class ResultWriter:
         self._update(**said)
         self.abandon()
 
-    def _write(self, rows: xr.Dataset, reasons: Sequence[str]) -> None:
+    def _write(self, rows: xr.Dataset, reasons: Mapping[int, str]) -> None:
         # The status comes last: an exposure without one is not complete.
         names = sorted(map(str, rows.variables), key=lambda name: name == "status")
         for name in names:
             self._put(name, rows[name])
-        failures = [{"exposure": self.exposures + i, "reason": reason} for i, reason in enumerate(reasons)]
+        failures = [{"exposure": self.exposures + i, "reason": reason} for i, reason in reasons.items()]
         self._update(exposures=self.exposures + rows.sizes["exposure"], failures=self._failures + failures)
         self.exposures += rows.sizes["exposure"]
         self._failures += failures

@@ -20,7 +20,16 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from dsnet_bluesky.data import BadInput, Flag, check_curve, describe, exposures_of
+from dsnet_bluesky.data import (
+    BadInput,
+    Flag,
+    check_curve,
+    check_intensities,
+    concat_exposures,
+    describe,
+    exposures_of,
+    failed_exposure,
+)
 from dsnet_bluesky.smearing import Smearing
 
 from .kernels import widths_below
@@ -109,11 +118,13 @@ def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "dsnet", **opt
     xarray.Dataset
         With the dims of `curves`: I, Idev, Qdev, I_smeared, Idev_smeared, I_resmeared;
         per exposure chi2, flags (sum of `data.Flag`), status and what the method says of how it went.
+        An exposure that cannot be desmeared, among others that can, has the status "failed" and holds NaN;
+        the attribute ``failures`` says why, as JSON: a list of ``{"exposure": ..., "reason": ...}``.
 
     Raises
     ------
     BadInput
-        If the curves, the operator and the method do not go together.
+        If the curves, the operator and the method do not go together, or no exposure can be desmeared.
 
     Examples
     --------
@@ -191,10 +202,24 @@ class Prepared:
         """Desmear curves, see `desmear`."""
         check_curve(curves)
         self._check_grid(curves["q"].values)
-        batch = exposures_of(curves)
-        I, Idev = (batch[name].transpose("exposure", "q").values for name in ("I", "Idev"))
-        result = self._assemble(batch, I, Idev, self._solver(I, Idev))
+        result = _joined(self._answers(exposures_of(curves)))
         return result if "exposure" in curves.dims else result.isel(exposure=0, drop=True)
+
+    def _answers(self, batch: xr.Dataset) -> list[xr.Dataset | BadInput]:
+        """Answer exposures together; where that cannot be, in halves, down to the one that is to blame."""
+        count = batch.sizes["exposure"]
+        try:
+            return [self._answer(batch)]
+        except (ValueError, ArithmeticError) as error:  # BadInput and LinAlgError are ValueErrors
+            if count == 1:
+                return [error if isinstance(error, BadInput) else self._no_answer(str(error))]
+        halves = (slice(count // 2), slice(count // 2, None))
+        return [answer for half in halves for answer in self._answers(batch.isel(exposure=half))]
+
+    def _answer(self, batch: xr.Dataset) -> xr.Dataset:
+        check_intensities(batch)
+        I, Idev = (batch[name].transpose("exposure", "q").values for name in ("I", "Idev"))
+        return self._assemble(batch, I, Idev, self._solver(I, Idev))
 
     def _check_grid(self, q: NDArray) -> None:
         if q.shape != self.smearing.q.shape or not np.allclose(q, self.smearing.q, rtol=1e-6, atol=1e-9):
@@ -208,7 +233,10 @@ class Prepared:
             resmeared = self.smearing.apply(solution.I_calc)
             answer = self.smearing.at_q(solution.I_calc) if solution.I is None else solution.I
             chi2 = np.mean(((resmeared - I) / Idev) ** 2, axis=-1)
-        self._check_finite(answer, resmeared, chi2)
+        no_errors = np.isnan(solution.Idev).all(axis=-1)  # of a method that states none
+        known = np.isfinite(solution.Idev).all(axis=-1) | no_errors
+        if not all(np.isfinite(values).all() for values in (answer, resmeared, chi2)) or not known.all():
+            raise self._no_answer()  # it must never be stored as one
         unknown = np.full(I.shape, np.nan)
         columns = {
             "I": answer,
@@ -232,15 +260,9 @@ class Prepared:
         result["q"].attrs["resolutions"] = "Qdev"
         return describe(result)
 
-    def _check_finite(self, answer: NDArray, resmeared: NDArray, chi2: NDArray) -> None:
-        """Refuse what is no answer: it must never be stored as one."""
-        failed = np.flatnonzero(~(np.isfinite(answer) & np.isfinite(resmeared)).all(axis=-1) | ~np.isfinite(chi2))
-        if failed.size:
-            which = f"exposures {', '.join(str(i) for i in failed)} of {chi2.size}" if chi2.size > 1 else "this curve"
-            raise BadInput(
-                f"{self.method} found no finite answer for {which}: leave out points without signal, give Idev, "
-                "or try another method."
-            )
+    def _no_answer(self, why: str = "") -> BadInput:
+        found = f"{self.method} found no finite answer for this curve{why and f' ({why})'}"
+        return BadInput(f"{found}: leave out points without signal, give Idev, or try another method.")
 
     def _flags(self, batch: xr.Dataset, chi2: NDArray, solution: Solution) -> NDArray:
         flags = np.asarray(solution.flags, dtype=np.int64) | np.where(chi2 > 2, int(Flag.POOR_FIT), 0)
@@ -262,6 +284,23 @@ class Prepared:
                 else {"model": f"{self.model.name}:{self.model.version}", "model_sha256": self.model.sha256}
             ),
         }
+
+
+def _joined(answers: list[xr.Dataset | BadInput]) -> xr.Dataset:
+    """Put answers in order, rows of NaN standing for exposures without one; raise the first reason if there is no answer."""
+    found = [answer for answer in answers if isinstance(answer, xr.Dataset)]
+    if not found:
+        assert isinstance(answers[0], BadInput)
+        raise answers[0]
+    if len(found) == len(answers) == 1:
+        return found[0]
+    rows: list[xr.Dataset] = []
+    failures = []
+    for answer in answers:
+        if isinstance(answer, BadInput):
+            failures.append({"exposure": sum(row.sizes["exposure"] for row in rows), "reason": str(answer)})
+        rows.append(failed_exposure(found[0]) if isinstance(answer, BadInput) else answer)
+    return concat_exposures(rows).assign_attrs({"failures": json.dumps(failures)} if failures else {})
 
 
 KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
