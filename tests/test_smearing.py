@@ -323,11 +323,24 @@ class TestGaps:
         assert np.diff(inside).max() < 1.6 * max(usual)
         assert np.diff(inside).min() > 0.4 * min(usual)
 
+    @pytest.mark.parametrize("whole", [Q, np.geomspace(0.05, 2, 200)], ids=["linear", "logarithmic"])
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("length", [3, 12, 40])
+    def test_beside_the_first_and_the_last_point_are_filled(self, whole, last, length):
+        q = np.delete(whole, slice(-1 - length, -1) if last else slice(1, 1 + length))
+        grid = extend(q, 0.0, 0.0)
+        assert np.isin(q, grid).all()
+        low, high = (q[-2], q[-1]) if last else (q[0], q[1])
+        usual = q[-2] - q[-3] if last else q[2] - q[1]
+        inside = np.diff(grid[(grid >= low) & (grid <= high)])
+        assert 0.6 * usual < inside.min() <= inside.max() < 1.1 * usual
+
     @pytest.mark.parametrize(
         "q",
         [
             Q,
             np.geomspace(1e-3, 3, 60),
+            np.geomspace(1e-3, 3, 20),
             np.concatenate([np.linspace(0.01, 0.1, 50), np.linspace(0.13, 2, 60)]),  # a scan that changes its step
             Q + 0.002 * np.sin(100 * Q),
         ],

@@ -48,6 +48,8 @@ def filled(q: Floats) -> Floats:
     """Fill the gaps of a grid (dead modules, points left out) at the spacing about them."""
     spacing = np.diff(q)
     usual = np.median(np.lib.stride_tricks.sliding_window_view(np.pad(spacing, 4, mode="edge"), 9), axis=1)
+    # Beside the first or the last point a gap, repeated beyond the end, rules its own window.
+    usual[0], usual[-1] = usual[:2].min(), usual[-2:].min()
     pieces = np.where(spacing > GAP * usual, np.ceil(spacing / usual), 1).astype(int).clip(max=200)
     if (pieces == 1).all():
         return q
