@@ -14,6 +14,7 @@ It needs sasmodels and sasdata: pip install 'dsnet-bluesky[dev]'.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from measured import COLOURS, available, plain, provenance, reason
+from measured import COLOURS, available, plain, reason
 from numpy.typing import NDArray
+from provenance import provenance
 
 from dsnet_bluesky.data import BadInput, Flag, curve
 from dsnet_bluesky.desmearing import Prepared, prepare
@@ -207,17 +209,17 @@ def answer_all(label: str, method: str, options: dict[str, Any], outcomes: Seque
 
 
 def attempt(prepared: Prepared, outcomes: Sequence[Outcome], refusals: list[str]) -> list[xr.Dataset | None]:
-    """Desmear curves together; one by one where the method refuses the batch."""
+    """Desmear curves together; None for those that the method refuses."""
     batch = curve(outcomes[0].q, np.array([o.I for o in outcomes]), np.array([o.Idev for o in outcomes]))
     try:
         result = prepared(batch)
     except BadInput as error:
-        if len(outcomes) == 1:
-            refusals.append(str(error))
-            return [None]
-        return [attempt(prepared, [outcome], refusals)[0] for outcome in outcomes]
+        refusals.append(str(error))
+        return [None] * len(outcomes)
     told = result["answer"].values if "answer" in result else [""] * len(outcomes)
-    return [result.isel(exposure=i).assign_attrs(by=told[i]) for i in range(len(outcomes))]
+    refusals += [failure["reason"] for failure in json.loads(result.attrs.get("failures", "[]"))]
+    good = result["status"].values == "ok"
+    return [result.isel(exposure=i).assign_attrs(by=told[i]) if good[i] else None for i in range(len(outcomes))]
 
 
 def judge(outcome: Outcome, result: xr.Dataset) -> Answer:

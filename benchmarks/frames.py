@@ -37,11 +37,11 @@ from measured import (
     half,
     number,
     plain,
-    provenance,
     reason,
     save,
 )
 from numpy.typing import ArrayLike, NDArray
+from provenance import provenance
 
 from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.pipeline import Config, PreparedExposures

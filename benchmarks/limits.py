@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from families import SEED, library_of
 from matplotlib.figure import Figure
-from measured import provenance
 from numpy.typing import NDArray
+from provenance import provenance
 
 from dsnet_bluesky.data import BadInput, Flag, curve
 from dsnet_bluesky.desmearing import prepare

@@ -14,9 +14,7 @@ It needs sasdata: pip install 'dsnet-bluesky[dev]'.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import platform
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,13 +28,13 @@ from matplotlib.figure import Figure
 from measured_data import BUNDLED, JLDESMEAR, QUICK, USAXS, DataSet, Measurement, Reference, smeared
 from numpy.typing import NDArray
 from PIL import Image
+from provenance import provenance
 
 from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.desmearing import METHODS as INSTALLED
 from dsnet_bluesky.desmearing import prepare
 from dsnet_bluesky.desmearing.covariance import coverage_factor
 from dsnet_bluesky.smearing import Smearing
-from dsnet_bluesky.training import hardware
 
 Floats = NDArray[np.floating[Any]]
 
@@ -109,6 +107,8 @@ def desmeared(curves: xr.Dataset, smearing: Smearing, method: str, options: dict
     prepared = prepare(smearing, method, **options)
     ready = time.perf_counter()
     result = prepared(curves)
+    if "failures" in result.attrs:  # means over the exposures that are left would not compare
+        raise BadInput(json.loads(result.attrs["failures"])[0]["reason"])
     once = time.perf_counter()
     prepared(curves.isel(exposure=[0]))
     return Answer(result, ready - started, time.perf_counter() - once)
@@ -300,13 +300,6 @@ def coverage_cell(scores: Scores) -> str:
     """Write which shares of the truths lie in the bands, in per cent."""
     shares = [scores.covered[band] for band in BANDS]
     return " / ".join(f"{100 * np.mean(share):.0f}" for share in shares) if shares[0] else "-"
-
-
-def provenance(command: str, packages: Sequence[str]) -> str:
-    """Say what was run, when, and on what."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    date = datetime.datetime.now(datetime.UTC).date()
-    return f"`{command}`, {date}, {hardware('cpu')}, Python {platform.python_version()}, {versions}; one thread."
 
 
 PROTOCOL = """\

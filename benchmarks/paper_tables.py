@@ -13,9 +13,6 @@ It needs sasmodels: pip install 'dsnet-bluesky[train]'.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import platform
 import re
 import time
 from dataclasses import dataclass, field
@@ -28,13 +25,13 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from provenance import provenance
 
 from dsnet_bluesky.data import curve
 from dsnet_bluesky.desmearing import prepare
 from dsnet_bluesky.desmearing.covariance import coverage_factor
 from dsnet_bluesky.library.families import form_factor
 from dsnet_bluesky.smearing import Smearing
-from dsnet_bluesky.training import hardware
 from dsnet_bluesky.versions import load_model
 
 Floats = NDArray[np.floating[Any]]
@@ -228,15 +225,11 @@ def report(tables: dict[str, list[Outcome]], arguments: argparse.Namespace) -> s
     every = [o for outcomes in tables.values() for o in outcomes]
     floored = [f"{c} {o.answers[c].floored} ({o.case.title})" for o in every for c in COLUMNS if o.answers[c].floored]
     times = {c: np.median([o.answers[c].seconds for o in every]) for c in METHODS}
-    versions = ", ".join(
-        f"{n} {importlib.metadata.version(n)}" for n in ("dsnet-bluesky", "torch", "numpy", "scipy", "sasmodels")
-    )
     model = "dsnet:" + load_model("dsnet").version
     options = " --quick" if arguments.quick else f" --seeds {arguments.seeds}"
     parts = [
         "# The paper's tables, side by side",
-        f"`python benchmarks/paper_tables.py{options}`, {datetime.datetime.now(datetime.UTC).date()}, "
-        f"{hardware('cpu')}, Python {platform.python_version()}, {versions}.",
+        provenance(f"python benchmarks/paper_tables.py{options}", ("dsnet-bluesky", "torch", "numpy", "scipy", "sasmodels")),
         PROTOCOL.format(seeds=arguments.seeds, iterations=arguments.iterations, model=model, fine_tuned=FINE_TUNED),
     ]
     for title, outcomes in tables.items():

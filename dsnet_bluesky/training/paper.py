@@ -25,7 +25,7 @@ from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.library.families import form_factor
 from dsnet_bluesky.network import DSNet, NetworkConfig
 from dsnet_bluesky.smearing import Smearing
-from dsnet_bluesky.versions import WEIGHTS, load_model, sha256_of, write_card
+from dsnet_bluesky.versions import WEIGHTS, sha256_of, write_card
 
 from .checkpoints import begin, load_checkpoint, save_checkpoint
 from .machine import hardware
@@ -120,20 +120,6 @@ class Recipe:
                 f"The recipe cannot be read ({error}); compare it with models/dsnet-paper-1.0.0/recipe.toml."
             ) from error
 
-    @classmethod
-    def load(cls, recipe: str | Path) -> Self:
-        """Read the recipe of a released model (by name, ``"dsnet-paper"``) or of a file.
-
-        Raises
-        ------
-        BadInput
-            If there is no such model or file, or it is not a recipe.
-        """
-        path = Path(recipe)
-        if not path.is_file():
-            path = load_model(str(recipe)).path / "recipe.toml"
-        return cls.parse(path.read_text(encoding="utf-8"))
-
 
 @dataclass(frozen=True)
 class Curves:
@@ -190,7 +176,7 @@ def make_curves(recipe: Recipe) -> Curves:
 
 
 def train(
-    recipe: Recipe | str | Path,
+    recipe: Recipe,
     directory: str | Path,
     *,
     device: str = "cpu",
@@ -204,7 +190,7 @@ def train(
     Parameters
     ----------
     recipe
-        A recipe, the name of a released model (``"dsnet-paper"``), or the path of a recipe.
+        What to do.
     directory
         Where to write ``weights.safetensors``, ``model.toml``, ``README.md``,
         ``recipe.toml``, ``history.csv`` and ``history.png``.
@@ -224,7 +210,6 @@ def train(
         If the directory holds a finished model or a checkpoint of another recipe,
         or sasmodels is not installed.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     directory = begin(directory)
     curves = make_curves(recipe)
     state = TrainingState(recipe, device)

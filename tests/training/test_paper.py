@@ -7,7 +7,7 @@ import torch
 
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.library.families import form_factor
-from dsnet_bluesky.training import paper
+from dsnet_bluesky.training import load_recipe, paper
 from dsnet_bluesky.training.paper import Recipe, make_curves, train
 from dsnet_bluesky.versions import load_model
 
@@ -56,7 +56,8 @@ def trained(recipe, tmp_path_factory):
 
 
 def test_published_recipe():
-    recipe = Recipe.load("dsnet-paper")
+    recipe = load_recipe("dsnet-paper")
+    assert isinstance(recipe, Recipe)
     np.testing.assert_allclose(np.diff(recipe.data.q.values()), 0.01)
     np.testing.assert_allclose(2 * recipe.data.values.values(), np.arange(1, 101))
     assert (recipe.data.sigma, recipe.data.background, recipe.data.validation) == (0.02, 0.001, 0.1)
