@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bluesky import plan_stubs as bps
+from bluesky import preprocessors as bpp
 from event_model import compose_run, pack_event_page
 from typer.testing import CliRunner
 
@@ -149,6 +151,13 @@ def test_each_run_has_its_file_and_files_sort_by_time(writer):
     for path, run in zip(waiting, runs, strict=True):
         assert [name for name, _ in spooled(path)] == [name for name, _ in run]
         assert all(doc["uid"] == sent["uid"] for (_, doc), (_, sent) in zip(spooled(path), run, strict=True))
+
+
+def test_a_run_engine_writes_to_it(RE, writer):
+    RE.subscribe(writer)
+    (uid,) = RE(bpp.run_wrapper(bps.null()))
+    (path,) = writer.spool.waiting()
+    assert [(name, doc.get("run_start", doc["uid"])) for name, doc in spooled(path)] == [("start", uid), ("stop", uid)]
 
 
 def test_resources_without_run_start_and_event_pages_find_their_run(writer):
@@ -394,28 +403,39 @@ class Proxy:
                     (far if end is near else near).sendall(data)
 
 
+def await_true(condition):
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "It does not happen."
+        time.sleep(0.05)
+
+
 @pytest.mark.system
 def test_a_server_that_goes_and_comes_back_has_each_run_once(server, raw, spool):
     proxy = Proxy(server)
     proxy.mode = "cut"
     writer = spool(proxy.uri)
+    directory = writer.spool.directory
     uids = [feed(writer, run_documents(5)) for _ in range(2)]
+    await_true(lambda: read_status(directory).attempts > 1)
     documents = list(run_documents(EVENTS))
     uids.append(documents[0][1]["uid"])
-    directory = writer.spool.directory
-    end = time.monotonic() + WAIT
-    while not read_status(directory).error and time.monotonic() < end:
-        time.sleep(0.05)
-    assert read_status(directory).attempts > 0
-    for step, document in enumerate(documents):
-        proxy.mode = ["open", "cut", "deaf", "open"][step * 4 // len(documents)]
-        started = time.monotonic()
-        writer(*document)
-        assert time.monotonic() - started < 0.1, "the RunEngine waits for nothing"
-        time.sleep(0.25)
+    phases = {
+        "open": lambda: await_rows(raw, uids[-1], 2),
+        "cut": lambda: await_true(lambda: read_status(directory).error),
+        "deaf": lambda: await_true(lambda: proxy.lost),
+    }
+    step = len(documents) // 4
+    for number, (proxy.mode, until) in enumerate(phases.items()):
+        for document in documents[number * step : (number + 1) * step]:
+            started = time.thread_time()
+            writer(*document)
+            assert time.thread_time() - started < 0.05
+        until()
     proxy.mode = "open"
+    for document in documents[3 * step :]:
+        writer(*document)
     assert writer.wait(WAIT)
-    assert proxy.lost, "answers were lost"
     assert [whole(raw[uid], n) for uid, n in zip(uids, (5, 5, EVENTS), strict=True)] == [True] * 3
     assert not read_status(directory).error
 
