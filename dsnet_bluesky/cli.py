@@ -36,7 +36,7 @@ FLAG_WORDS = {
 }
 """What each `data.Flag` means to a user."""
 
-METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version may follow: dsnet:2.0.0rc1."
+METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version may follow: dsnet:2.0.0."
 
 OVERFIT = 0.1
 """Below this chi2 the given errors are too large by a factor of three or more."""

@@ -19,6 +19,8 @@ Uncertainty
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,14 +35,14 @@ from .desmearing import Solution
 from .desmearing.ift import IFT
 from .desmearing.kernels import straightened, widths_below
 from .desmearing.map import MAP
-from .features import Operator, features_of
+from .features import VERSION, Operator, features_of
 from .network import check_device
 from .smearing import Smearing
 from .unrolled import Unrolled, UnrolledConfig
 from .versions import Model, load_model
 from .working import Working
 
-__all__ = ["DSNet"]
+__all__ = ["DSNet", "extent"]
 
 Floats = NDArray[np.floating[Any]]
 
@@ -97,6 +99,11 @@ class DSNet:
         self.model = load_model(model)
         if "calibration" not in self.model.card:
             raise BadInput(f"{self.model.name} {self.model.version} is no model of the method dsnet; leave out the option model.")
+        if self.model.card.get("features") != VERSION:
+            raise BadInput(
+                f"{self.model.name} {self.model.version} was trained on other features than this dsnet-bluesky computes; "
+                "take a newer model, or the version of the package that the model came with."
+            )
         self.network, self.range = load_network(self.model, device)
         self.working = Working(smearing)
         self.operator = Operator(self.working.smearing, device)
@@ -117,18 +124,19 @@ class DSNet:
         Returns
         -------
         Solution
-            ``attrs`` hold for every exposure what answered (``network``, ``proximal``, ``map``
-            or ``ift``), its chi2 before any step, and how errors are correlated.
+            `diagnostics` hold for every exposure what answered (``network``, ``proximal``, ``map``
+            or ``ift``) and the network's chi2 before any step, `attrs` how errors are correlated.
         """
-        batch = max(1, BATCH_NODES // self.operator.smearing.q_calc.size)
-        parts = [self._pass(I[i : i + batch], Idev[i : i + batch]) for i in range(0, len(I), batch)]
+        threads = torch.get_num_threads() if self.operator.device.type == "cpu" else 1
+        batch = max(1, min(BATCH_NODES // self.operator.smearing.q_calc.size, -(-len(I) // threads)))
+        parts = _side_by_side(lambda i: self._pass(I[i : i + batch], Idev[i : i + batch]), range(0, len(I), batch), threads)
         found = _Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         solution = self._solution(found)
         if self.fallback:
             self._substitute(solution, I, Idev, found.after)
         return solution
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _pass(self, I: Floats, Idev: Floats) -> _Found:
         """Answer one batch on the working grid."""
         I, Idev = self.working.curves(np.asarray(I, dtype=float), np.asarray(Idev, dtype=float))
@@ -181,12 +189,8 @@ class DSNet:
             Idev_noise=I * working.spread(found.noise),
             Qdev=working.spread(found.width),
             flags=found.flags.astype(np.int64),
-            attrs={
-                "answer": [("proximal" if moved else "network") for moved in found.moved],
-                "chi2_network": [float(f"{value:.4g}") for value in found.before],
-                "correlation": self.calibration.correlation,
-                "coverage_factor": self.calibration.coverage_factor,
-            },
+            diagnostics={"answer": np.where(found.moved, "proximal", "network"), "chi2_network": found.before},
+            attrs={"correlation": self.calibration.correlation, "coverage_factor": self.calibration.coverage_factor},
         )
 
     def _substitute(self, solution: Solution, I: Floats, Idev: Floats, chi2: Floats) -> None:
@@ -196,7 +200,7 @@ class DSNet:
         for row in np.flatnonzero(hopeless | ((chi2 > POOR) & strange)):
             found = self._best_classical(I[row : row + 1], Idev[row : row + 1])
             if found is not None:
-                solution.attrs["answer"][row] = found[0]
+                solution.diagnostics["answer"][row] = found[0]
                 _replace(solution, int(row), self.smearing, found[1])
 
     def _best_classical(self, I: Floats, Idev: Floats) -> tuple[str, Solution] | None:
@@ -216,6 +220,18 @@ class DSNet:
         }
         best = min(claims, key=lambda name: claims[name])
         return best, fitting[best]
+
+
+def _side_by_side(answer: Callable[[int], _Found], places: Sequence[int], threads: int) -> list[_Found]:
+    """Answer batches in threads of their own: threads that share a batch wait for each other at every operation."""
+    workers = min(len(places), threads)
+    if workers < 2:
+        return [answer(place) for place in places]
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            return list(pool.map(answer, places))
+    finally:
+        torch.set_num_threads(threads)  # what a worker sets holds for all threads to come
 
 
 def _on_q(smearing: Smearing, solution: Solution) -> Floats:
@@ -280,18 +296,24 @@ class Calibration:
 
 def load_network(model: Model, device: str = "cpu") -> tuple[Unrolled, dict[str, Tensor]]:
     """Build the network of a released model with its weights, and the range of its training."""
-    with torch.device("cpu"):  # whatever the default device: the caller moves it
+    with torch.device("meta"):  # no weights are drawn in vain
         network = Unrolled(UnrolledConfig.from_dict(model.card["architecture"]))
     weights = load_file(model.weights)
     seen = {name.removeprefix("range."): weights.pop(name).to(device) for name in list(weights) if name.startswith("range.")}
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False).to(device), seen
 
 
 def unusual_operator(smearing: Smearing, ranges: dict[str, Any]) -> int:
     """OUT_OF_RANGE for an operator that training knew nothing like, else 0."""
-    below = widths_below(smearing)
-    width = float(np.median(below / np.gradient(smearing.q)))
-    span = float(np.ptp(smearing.q) / max(np.median(below), 1e-12))
+    width, span = extent(smearing)
     outside = smearing.q.size < ranges["points"][0] or width > ranges["width_in_steps"] or span < ranges["widths_in_range"]
     return int(Flag.OUT_OF_RANGE) if outside else 0
+
+
+def extent(smearing: Smearing) -> tuple[float, float]:
+    """Give the median width of R in steps of q, and the range of q in widths of R where it is wide, as a card names its range."""
+    below = widths_below(smearing)
+    # Not their median: a beam as wide as the range is cut off by the direct beam at most q.
+    wide = max(float(np.quantile(below, 0.9)), 1e-12)
+    return float(np.median(below / np.gradient(smearing.q))), float(np.ptp(smearing.q)) / wide

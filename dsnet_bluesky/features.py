@@ -20,7 +20,10 @@ from .desmearing.kernels import straightened, widths_below
 from .indirect import IndirectLadder
 from .smearing import Smearing
 
-__all__ = ["CHANNELS", "Features", "Operator", "features_of", "residual", "step"]
+__all__ = ["CHANNELS", "VERSION", "Features", "Operator", "features_of", "residual", "step"]
+
+VERSION = 2
+"""Counted up whenever the numbers change: weights know no other features than those that they were trained on."""
 
 CHANNELS = 19
 """Number of channels of `Features.channels`."""
@@ -32,6 +35,9 @@ LAKE_STEPS = 3
 
 NOTHING = 1e-20
 """Elements of R below this weigh nothing, and as subnormal numbers make products ten times slower."""
+
+HALVES = (0, 1, 4, 13, 40, 121)
+"""Windows of 2 half + 1 points, each three times as wide as the one before."""
 
 CLIP = 8.0
 """Logarithms of ratios are shown up to here."""
@@ -78,21 +84,22 @@ class Operator:
         self.left = torch.as_tensor(right - 1, device=self.device)
         self.fraction = self.tensor(np.clip((nodes - q[right - 1]) / (q[right] - q[right - 1]), 0, 1))
         step = np.gradient(nodes)
-        near = np.abs(nodes[:, None] - q).min(axis=1) < 0.6 * np.maximum(step, 1e-12)
+        near = np.minimum(np.abs(nodes - q[right - 1]), np.abs(nodes - q[right])) < 0.6 * np.maximum(step, 1e-12)
         self.measured = self.tensor(near.astype(float))
         self.beyond = self.tensor(np.log(np.maximum(nodes, q[-1]) / q[-1]))
         last = max(5, q.size // 10)
         self.tail = self.tensor(_slope(np.log(np.maximum(q[-last:], 1e-12))))
-        self.local = self.tensor(self._local(q, nodes, step))
-        unit = np.hypot(np.interp(nodes, q, widths_below(smearing)), step)  # a slit's length resolves far better than it is long
+        below = np.interp(nodes, q, widths_below(smearing))
+        self.local = self.tensor(self._local(below, step))
+        unit = np.hypot(below, step)  # a slit's length resolves far better than it is long
         self.unit = self.tensor(unit)
         self.place = self.tensor(np.concatenate([[0.0], np.cumsum(2 * np.diff(nodes) / (unit[1:] + unit[:-1]))]))
         self.ladder = IndirectLadder(q, nodes, matrix, self.device) if transform else None
 
-    def _local(self, q: NDArray, nodes: NDArray, step: NDArray) -> NDArray:
-        """Widths of R in steps of q_calc, towards lower q and in all, and the step against q."""
-        both = np.interp(nodes, q, self.smearing.widths)
-        below = np.interp(nodes, q, widths_below(self.smearing))
+    def _local(self, below: NDArray, step: NDArray) -> NDArray:
+        """Widths of R in steps of q_calc, in all and towards lower q, and steps and widths against q."""
+        nodes = self.smearing.q_calc
+        both = np.interp(nodes, self.smearing.q, self.smearing.widths)
         return np.array(
             [
                 np.log(both / step + 0.1) / 2,
@@ -185,25 +192,29 @@ def start_curve(I: Tensor, Idev: Tensor) -> Tensor:
     I, Idev
         Shape (exposure, n), of any sign.
     """
-    weight = Idev**-2 * (Idev.mean(dim=-1, keepdim=True) ** 2)
+    weight = (Idev.mean(dim=-1, keepdim=True) / Idev) ** 2
+    halves = [half for half in HALVES if half < I.shape[-1] // 2]
+    beyond = sum(2 * half + 1 for half in halves[:-1])
+    # The three sums over each window; nothing counts beyond the ends.
+    sums = functional.pad(torch.stack([weight, weight * I, (weight * Idev) ** 2]), (beyond, beyond))
     answer = torch.full_like(I, torch.nan)
     value, error = I, Idev
-    for half in (0, 1, 4, 13, 40, 121):
-        if half >= I.shape[-1] // 2:
-            break
-        if half:
-            total = _window(weight, half)
-            value = _window(weight * I, half) / total
-            error = torch.sqrt(_window((weight * Idev) ** 2, half)) / total
+    for narrower in (None, *halves[:-1]):
+        if narrower is not None:
+            sums = _thrice(sums, narrower)
+        inside = (sums.shape[-1] - I.shape[-1]) // 2
+        total, weighted, variance = sums[..., inside : inside + I.shape[-1]]
+        value, error = weighted / total, torch.sqrt(variance) / total
         clear = torch.isnan(answer) & (value > 3 * error)
         answer = torch.where(clear, torch.log(value.clamp_min(1e-30)), answer)
     floor = torch.log(torch.maximum(value, 0.5 * error).clamp_min(1e-30))
     return torch.where(torch.isnan(answer), floor, answer)
 
 
-def _window(values: Tensor, half: int) -> Tensor:
-    """Sum over a moving window of 2 half + 1 points, cut at the ends."""
-    return functional.avg_pool1d(values[:, None], 2 * half + 1, 1, half, count_include_pad=False)[:, 0]
+def _thrice(sums: Tensor, half: int) -> Tensor:
+    """From sums over windows of 2 half + 1 points, give those over three times as many."""
+    width = 2 * half + 1
+    return sums[..., : -2 * width] + sums[..., width:-width] + sums[..., 2 * width :]
 
 
 def _extended(operator: Operator, ln_I: Tensor) -> Tensor:
@@ -216,8 +227,7 @@ def _extended(operator: Operator, ln_I: Tensor) -> Tensor:
 def step(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
     """Take one step of Richardson and Lucy: ``I R^T(ratio) / R^T 1``."""
     back = _ratio(operator, ln_I, I, Idev) @ operator.matrix
-    factor = torch.where(operator.visible > 0, back / operator.seen, 1.0)
-    return ln_I + torch.log(factor.clamp(1e-3, 1e3))
+    return torch.addcmul(ln_I, operator.visible, torch.log((back / operator.seen).clamp(1e-3, 1e3)))
 
 
 def _ratio(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:

@@ -21,11 +21,27 @@ __all__ = ["Indirect", "IndirectLadder"]
 LARGEST = 128
 """Largest number of terms of the series."""
 
-RATIO = 1.3
-"""Ratio of neighbouring diameters."""
+RATIO = 1.14
+"""Ratio of neighbouring diameters; every second one is tried first."""
 
 RIDGES = (1e-13, 1e-11, 1e-9, 1e-7, 1e-5, 1e-3)
 """Ridges, in units of the largest diagonal element of the normal matrix."""
+
+
+PATIENCE = 2
+"""The first scan ends for a curve when so many rungs in a row are no better, ..."""
+
+CLEARLY = 10.0
+"""... the last of them by this in ln of the evidence, ..."""
+
+FITTING = 2.0
+"""... and the best one fits: its chi2 is below this."""
+
+SMALL = 48
+"""Up to so many terms all ridges are tried: they cost next to nothing."""
+
+FAILED = -1e300
+"""Evidence of a matrix without a Cholesky factor; a larger ridge helps."""
 
 
 class Indirect(NamedTuple):
@@ -64,67 +80,114 @@ class IndirectLadder:
             basis = np.column_stack([sine_series(q_calc, diameter, terms) / order**2, np.ones(q_calc.size)])
             smeared = matrix @ basis
             scale = np.linalg.norm(smeared / smeared.max(axis=0).max(), axis=0).max()
+            smeared = np.column_stack([smeared, np.zeros(q.size)])  # a measurement is to stand in the last column
             self.rungs.append(
                 tuple(torch.as_tensor(a / scale, dtype=torch.float64, device=device) for a in (basis, smeared))  # type: ignore[arg-type]
             )
 
     def __call__(self, I: Tensor, Idev: Tensor) -> Indirect:
-        """Fit curves, shape (exposure, n), in double precision."""
-        weight = 1 / Idev
-        target = I * weight
-        square = (target**2).sum(dim=-1)
-        evidences, answers = [], []
-        for _, smeared in self.rungs:
-            design = weight[..., None] * smeared
-            normal = design.mT @ design
-            seen = (design.mT @ target[..., None])[..., 0]
-            evidence, factor, solution = _most_evident(normal, seen, square)
-            evidences.append(evidence)
-            answers.append((factor, solution))
-        best = torch.stack(evidences).argmax(dim=0)
-        return self._assemble(best, answers, target, weight)
+        """Fit curves, shape (exposure, n), in double precision, whose scale is about 1."""
+        scan = _Scan(self.rungs, I, Idev)
+        active = torch.arange(len(I), device=I.device)
+        ridge = torch.zeros_like(active)
+        for place in range(0, len(self.rungs), 2):
+            scan.climb(place, active, ridge[active])
+            ridge = scan.evidence[:, place].argmax(dim=1)
+            active = scan.hopeful(place)
+            if not active.numel():
+                break
+        nearest, ridge = scan.best()
+        for place in range(1, len(self.rungs), 2):
+            beside = ((nearest - place).abs() == 1).nonzero()[:, 0]
+            if beside.numel():
+                scan.climb(place, beside, ridge[beside])
+        return scan.answer()
 
-    def _assemble(self, best: Tensor, answers: list[tuple[Tensor, Tensor]], target: Tensor, weight: Tensor) -> Indirect:
-        count, nodes = best.shape[0], self.rungs[0][0].shape[0]
-        mean, deviation = target.new_zeros(count, nodes), target.new_zeros(count, nodes)
-        chi2 = target.new_zeros(count)
-        for index, (basis, smeared) in enumerate(self.rungs):
-            chosen = (best == index).nonzero()[:, 0]
-            if not chosen.numel():
+
+class _Scan:
+    """Evidence of what was tried for a batch of curves, shape (exposure, rung, ridge), and the normal matrices behind it.
+
+    A normal matrix holds, after the terms and the background, the measurement: the last row of its Cholesky
+    factor is the half-solved right-hand side, and the last pivot tells the misfit.
+    """
+
+    def __init__(self, rungs: list[tuple[Tensor, Tensor]], I: Tensor, Idev: Tensor) -> None:
+        self.rungs, self.weight, self.target = rungs, 1 / Idev, I / Idev
+        self.evidence = I.new_full((len(I), len(rungs), len(RIDGES)), -torch.inf)
+        self.misfit = torch.zeros_like(self.evidence)
+        self.ridges, self.places = I.new_tensor(RIDGES), torch.arange(len(RIDGES), device=I.device)
+        self.normals: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def climb(self, place: int, curves: Tensor, start: Tensor) -> None:
+        """Try one rung for some curves: with ridges uphill from the place `start`, or with all where that costs little."""
+        design = self.weight[curves, :, None] * self.rungs[place][1]
+        design[..., -1] = self.target[curves]
+        normal = design.mT @ design
+        self.normals[place] = curves, normal
+        diagonal = normal.diagonal(dim1=-2, dim2=-1)
+        square, loose, terms = diagonal[:, -1].clone(), 1e-14 * diagonal[:, -2], diagonal.shape[1] - 2
+        diagonal[:, -2] += loose  # the background has hardly any ridge
+        diagonal[:, -1] += square  # no rounding makes the last pivot vanish
+        wanted = (self.places - start[:, None]).abs() <= (1 if terms > SMALL else len(RIDGES))
+        fresh = ~wanted
+        while wanted.any():
+            rows, columns = wanted.nonzero(as_tuple=True)
+            factor, info, ridge = self._factor(normal[rows], columns)
+            pivots = factor.diagonal(dim1=-2, dim2=-1)
+            misfit = pivots[:, -1] ** 2 - square[rows]
+            logdet = 2 * pivots[:, :-1].log().sum(dim=1)
+            evidence = -0.5 * (misfit + logdet - terms * ridge.log() - loose[rows].log())
+            self.evidence[curves[rows], place, columns] = torch.where(info == 0, evidence, FAILED / (1 + columns))
+            self.misfit[curves[rows], place, columns] = misfit
+            best = self.evidence[curves, place].argmax(dim=1)
+            wanted = ((self.places - best[:, None]).abs() <= 1) & fresh
+            fresh &= ~wanted
+
+    def _factor(self, normal: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add ridges, by places in `RIDGES`, to normal matrices in place; give Cholesky factors, failures and the ridges."""
+        diagonal = normal.diagonal(dim1=-2, dim2=-1)[:, :-2]
+        ridge = diagonal.amax(dim=1) * self.ridges[places]
+        diagonal += ridge[:, None]
+        return *torch.linalg.cholesky_ex(normal), ridge
+
+    def hopeful(self, place: int) -> Tensor:
+        """Curves that a longer series than this rung's may yet fit better."""
+        evidence, best = self.evidence.flatten(1).max(dim=1)
+        recent = place - best // len(RIDGES) < 2 * PATIENCE
+        near = self.evidence[:, place].amax(dim=1) > evidence - CLEARLY
+        misfit = self.misfit.flatten(1).gather(1, best[:, None])[:, 0]
+        return (recent | near | (misfit > FITTING * self.target.shape[1])).nonzero()[:, 0]
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Rung and place of the ridge of largest evidence, shape (exposure,)."""
+        best = self.evidence.flatten(1).argmax(dim=1)
+        return best // len(RIDGES), best % len(RIDGES)
+
+    def answer(self) -> Indirect:
+        """Most evident series of each curve."""
+        best, ridge = self.best()
+        count, nodes = len(best), len(self.rungs[0][0])
+        mean, deviation = self.target.new_empty(count, nodes), self.target.new_empty(count, nodes)
+        chi2 = self.target.new_empty(count)
+        for place, (curves, normal) in self.normals.items():
+            wins = (best[curves] == place).nonzero()[:, 0]
+            if not wins.numel():
                 continue
-            factor, solution = (part[chosen] for part in answers[index])
+            basis, smeared = self.rungs[place]
+            chosen = curves[wins]
+            factor = self._factor(normal[wins], ridge[chosen])[0]
+            inner, half = factor[:, :-1, :-1], factor[:, -1, :-1, None]
+            solution = torch.linalg.solve_triangular(inner.mT, half, upper=True)[..., 0]
             mean[chosen] = solution @ basis.T
-            root = torch.linalg.solve_triangular(factor, basis.T.expand(len(chosen), -1, -1), upper=False)
-            deviation[chosen] = root.square().sum(dim=1).sqrt()
-            rest = target[chosen] - weight[chosen] * (solution @ smeared.T)
+            unit = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+            root = torch.linalg.solve_triangular(inner, unit.expand_as(inner), upper=False)
+            deviation[chosen] = (root @ basis.T).square().sum(dim=1).sqrt()
+            rest = self.target[chosen] - self.weight[chosen] * (solution @ smeared[:, :-1].T)
             chi2[chosen] = rest.square().mean(dim=-1)
         mean = _positive_mean(mean, deviation)
         relative = (deviation / mean).clamp(1e-6, 1e2)
         rank = best.double() / max(len(self.rungs) - 1, 1)
         return Indirect(torch.log(mean).float(), relative.float(), chi2.clamp(1e-4, 1e8).float(), rank.float())
-
-
-def _most_evident(normal: Tensor, seen: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Evidence, Cholesky factor and solution for the best ridge; the last column, the background, has hardly any."""
-    size = normal.shape[-1]
-    diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    top = diagonal[..., :-1].amax(dim=-1)
-    ridges = top[:, None] * top.new_tensor(RIDGES)
-    matrices = normal[:, None].repeat(1, len(RIDGES), 1, 1)
-    ridged = matrices.diagonal(dim1=-2, dim2=-1)
-    ridged[..., :-1] += ridges[..., None]
-    ridged[..., -1] += 1e-14 * diagonal[:, None, -1]
-    factor, info = torch.linalg.cholesky_ex(matrices)
-    half = torch.linalg.solve_triangular(factor, seen[:, None, :, None].expand(-1, len(RIDGES), -1, -1), upper=False)
-    misfit = square[:, None] - half.square().sum(dim=(-2, -1))
-    logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).log().sum(dim=-1)
-    evidence = -0.5 * (misfit + logdet - (size - 1) * torch.log(ridges))
-    evidence = torch.where((info == 0) & torch.isfinite(evidence), evidence, -torch.inf)
-    best = evidence.argmax(dim=1)
-    rows = torch.arange(len(best), device=best.device)
-    factor = factor[rows, best]
-    solution = torch.linalg.solve_triangular(factor.mT, half[rows, best], upper=True)[..., 0]
-    return evidence[rows, best], factor, solution
 
 
 def _positive_mean(mean: Tensor, deviation: Tensor) -> Tensor:

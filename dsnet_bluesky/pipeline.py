@@ -35,7 +35,7 @@ class Config:
     Attributes
     ----------
     method
-        A name of `dsnet_bluesky.desmearing.METHODS`, with or without a version: ``"dsnet"``, ``"dsnet:2.0.0rc1"``.
+        A name of `dsnet_bluesky.desmearing.METHODS`, with or without a version: ``"dsnet"``, ``"dsnet:2.0.0"``.
     options
         Of the method, JSON-serialisable.
     bins

@@ -142,13 +142,21 @@ def between(operator: Operator, features: Features, ln_I: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+class Conv(nn.Conv1d):
+    """A convolution over q of (exposure, channel, 1, m): several images with channels last are faster by a quarter on CPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve."""
+        return functional.conv2d(input, self.weight[:, :, None], self.bias, (1, *self.stride), (0, *self.padding))  # type: ignore[arg-type]
+
+
 class Block(nn.Module):
     """Two convolutions beside an identity."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
-        self.one = nn.Conv1d(channels, channels, kernel, padding=kernel // 2)
-        self.two = nn.Conv1d(channels, channels, kernel, padding=kernel // 2)
+        self.one = Conv(channels, channels, kernel, padding=kernel // 2)
+        self.two = Conv(channels, channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.two.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,12 +171,12 @@ class UNet(nn.Module):
         super().__init__()
         widths = config.channels
         pairs = list(itertools.pairwise(widths))
-        self.stem = nn.Conv1d(inputs, widths[0], config.kernel, padding=config.kernel // 2)
+        self.stem = Conv(inputs, widths[0], config.kernel, padding=config.kernel // 2)
         self.down = nn.ModuleList(Block(width, config.kernel) for width in widths)
-        self.pool = nn.ModuleList(nn.Conv1d(upper, lower, 2, stride=2) for upper, lower in pairs)
-        self.lift = nn.ModuleList(nn.Conv1d(lower, upper, 1) for upper, lower in pairs)
+        self.pool = nn.ModuleList(Conv(upper, lower, 2, stride=2) for upper, lower in pairs)
+        self.lift = nn.ModuleList(Conv(lower, upper, 1) for upper, lower in pairs)
         self.up = nn.ModuleList(Block(width, config.kernel) for width in widths[:-1])
-        self.out = nn.Conv1d(widths[0], outputs, 1)
+        self.out = Conv(widths[0], outputs, 1)
         nn.init.normal_(self.out.weight, std=1e-3)
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
         self.factor = 2 ** (len(widths) - 1)
@@ -176,16 +184,17 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give (exposure, outputs, m), the mean of the bottom (exposure, channel), and what the outputs are made of."""
         points = x.shape[-1]
-        x = self.stem(functional.pad(x, (0, -points % self.factor)))
+        x = functional.pad(x, (0, -points % self.factor))[:, :, None]
+        x = self.stem(x.contiguous(memory_format=torch.channels_last) if len(x) > 1 else x)
         kept = []
         for down, pool in zip(self.down[:-1], self.pool, strict=True):
             x = down(x)
             kept.append(x)
             x = pool(x)
         x = self.down[-1](x)
-        deep = x.float().mean(dim=-1)
+        deep = x.float().mean(dim=(2, 3))
         for lift, up, skip in zip(reversed(self.lift), reversed(self.up), reversed(kept), strict=True):
-            x = up(skip + functional.interpolate(lift(x), scale_factor=2.0))
+            x = up(skip + functional.interpolate(lift(x), scale_factor=(1.0, 2.0)))
         with torch.autocast(x.device.type, enabled=False):
             last = functional.silu(x.float())[..., :points]
-            return self.out(last), deep, last
+            return self.out(last)[:, :, 0], deep, last[:, :, 0]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsnet_bluesky import indirect
 from dsnet_bluesky.data import curve
 from dsnet_bluesky.desmearing import prepare
 from dsnet_bluesky.features import Operator
@@ -109,6 +110,26 @@ def test_a_lattice_is_no_particle():
     operator = Operator(Smearing.gaussian(Q, 0.02))
     found = fit(operator, *tensors(ideal, 0.01 * ideal))
     assert found.chi2 > 10
+
+
+def test_the_scan_misses_nothing(operator, monkeypatch):
+    """Diameters and ridges that are left out would not have been chosen."""
+    ideals = np.array([smeared(lambda q, R=R: ball(q, R, 0.5)) for R in (0.5, 1.0, 2.0, 4.0, 8.0)] + [smeared(peaks, 0.02)])
+    curves = ideals * (1 + 0.01 * np.random.default_rng(5).standard_normal(ideals.shape))
+    quick = fit(operator, *tensors(curves, 0.01 * ideals))
+    monkeypatch.setattr(indirect, "PATIENCE", 1000)
+    monkeypatch.setattr(indirect, "SMALL", 1000)
+    for part, whole in zip(quick, fit(operator, *tensors(curves, 0.01 * ideals)), strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_no_factor_is_no_answer_of_others(operator):
+    """Curves whose matrices have no Cholesky factor leave the rest of their batch alone."""
+    ideal = smeared(ball)
+    I = np.array([ideal, np.full_like(ideal, np.nan)])
+    alone, together = fit(operator, *tensors(ideal, 0.01 * ideal)), fit(operator, *tensors(I, 0.01 * np.tile(ideal, (2, 1))))
+    torch.testing.assert_close(together.ln_I[:1], alone.ln_I, rtol=1e-4, atol=1e-5)
+    assert together.ln_I[1].isnan().all()
 
 
 def test_curves_are_alone_in_their_batch(operator):

@@ -109,7 +109,7 @@ def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "dsnet", **opt
     smearing
         The operator that smeared them, on the same q.
     method
-        A key of `METHODS`; of one with released models a version may be asked for, as in ``"dsnet:2.0.0rc1"``.
+        A key of `METHODS`; of one with released models a version may be asked for, as in ``"dsnet:2.0.0"``.
     **options
         Keyword arguments of the method's class.
 

@@ -39,7 +39,7 @@ PAPER_DISORDER = 0.06
 
 
 class StructureFactor:
-    """S(x), x = q d: interpolated inside its range, 1 far above it.
+    """S(x), x = q d: interpolated inside its range, 1 above it.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class StructureFactor:
 
     def __call__(self, x: Floats) -> Floats:
         """Interpolate."""
-        return np.interp(x, self.x, self.S)
+        return np.interp(x, self.x, self.S, right=1.0)
 
 
 def make_structure_factors(name: str, seed: int) -> list[StructureFactor]:

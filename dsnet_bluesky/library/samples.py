@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,12 @@ PAPER_STRENGTHS = (0.12, 0.24)
 
 NEAR_SPHERES = ("sphere", "fuzzy_sphere", "core_shell_sphere", "core_multi_shell", "ellipsoid", "raspberry", "polymer_micelle")
 """Families that hold shapes hardly different from spheres: they keep the same margin."""
+
+LINES = 1 / 8
+"""Part of all samples that is peaks or gratings: sharp lines come in more forms than one family has, and are hardest."""
+
+LATTICE_SHARE = 2.0
+"""How often a lattice is drawn, every other family being drawn once."""
 
 SIZES = 41
 """Number of sizes in a distribution."""
@@ -87,14 +97,21 @@ def families_of(split: str) -> list[str]:
 
 
 def make_library(seed: int, splits: Sequence[str]) -> Library:
-    """Compute the library of one or several sets: minutes, most of them for orientation averages."""
-    shapes = [shape for family in FAMILIES if family.split in splits for shape in make_shapes(family, seed)]
+    """Compute the library of one or several sets in as many processes as there are cores: minutes, for orientation averages."""
+    families = [family.name for family in FAMILIES if family.split in splits]
     kinds = [name for name, split in {**LATTICES, **FLUIDS}.items() if split in splits]
-    return Library(shapes, [factor for name in kinds for factor in make_structure_factors(name, seed)])
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        shapes = list(pool.map(_shapes, families, repeat(seed)))
+        factors = list(pool.map(make_structure_factors, kinds, repeat(seed)))
+    return Library([shape for group in shapes for shape in group], [factor for group in factors for factor in group])
+
+
+def _shapes(name: str, seed: int) -> list[Shape]:
+    return list(make_shapes(next(family for family in FAMILIES if family.name == name), seed))
 
 
 def save_library(path: Path, library: Library) -> None:
-    """Write a library as one npz: curves end to end, and what they are as JSON."""
+    """Write a library as one npz: curves end to end, and what they are as JSON. A crash while writing leaves what was there."""
     shapes = [shape for group in library.shapes.values() for shape in group]
     factors = [factor for group in library.structure_factors.values() for factor in group]
     about = [
@@ -103,7 +120,10 @@ def save_library(path: Path, library: Library) -> None:
     ] + [{"family": f.family, "split": f.split, "points": f.x.size} for f in factors]
     x = np.concatenate([*(s.x for s in shapes), *(f.x for f in factors)])
     y = np.concatenate([*(s.I for s in shapes), *(f.S for f in factors)])
-    np.savez(path, x=x, y=y, about=np.array(json.dumps(about)))
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, x=x, y=y, about=np.array(json.dumps(about)))
+    os.replace(partial, path)
 
 
 def load_library(path: Path, split: str | None = None) -> Library:
@@ -141,8 +161,7 @@ def draw_sample(
     plain
         Leave out mixtures, upturns and peaks; a background stays.
     """
-    extra = ["peaks", "grating"] if family is None else []
-    family = family or str(rng.choice([*library.families, *extra]))
+    family = family or _draw_family(rng, library)
     if family == "peaks":
         curve = _add(_power_law(rng, view), _peaks(rng, view), view, _log(rng, 0.1, 30))
     elif family == "grating":
@@ -154,6 +173,13 @@ def draw_sample(
     if not plain:
         curve = _enrich(rng, library, view, curve)
     return Sample(family, _with_background(rng, curve, view))
+
+
+def _draw_family(rng: np.random.Generator, library: Library) -> str:
+    families = library.families
+    weights = np.array([LATTICE_SHARE if name in LATTICES else 1.0 for name in families])
+    shares = [*((1 - LINES) * weights / weights.sum()), LINES / 2, LINES / 2]
+    return str(rng.choice([*families, "peaks", "grating"], p=shares))
 
 
 def _log(rng: np.random.Generator, low: float, high: float) -> float:

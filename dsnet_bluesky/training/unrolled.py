@@ -10,6 +10,7 @@ import copy
 import csv
 import datetime
 import importlib.metadata
+import json
 import math
 import multiprocessing
 import os
@@ -28,14 +29,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.desmearing.kernels import widths_below
+from dsnet_bluesky.dsnet import extent
+from dsnet_bluesky.features import VERSION
 from dsnet_bluesky.library.examples import Session, draw_instrument_of, load_session, measure, save_session, session
 from dsnet_bluesky.library.samples import Library, families_of, load_library, make_library, save_library
 from dsnet_bluesky.unrolled import Answer, Unrolled, UnrolledConfig
 from dsnet_bluesky.versions import WEIGHTS, sha256_of, write_card
 
 from .checkpoints import load_checkpoint, save_checkpoint
-from .machine import hardware
+from .machine import hardware, has_bfloat16
 from .uncertainty import Repeats, calibrate, learn_parts, measure_repeats, range_of
 
 __all__ = ["Progress", "Recipe", "Training", "evaluate", "loss_of", "make_sessions", "train"]
@@ -43,6 +45,8 @@ __all__ = ["Progress", "Recipe", "Training", "evaluate", "loss_of", "make_sessio
 CHECKPOINT = "checkpoint.pt"
 LIBRARY = "library.npz"
 SESSIONS = "sessions"
+ORIGIN = "origin.json"
+"""What the library and the sessions of a directory depend on."""
 
 CHECKPOINT_EVERY = 1000
 """Steps between two checkpoints and looks at the validation families."""
@@ -123,12 +127,23 @@ class Recipe:
                 **values,
             )
         except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"The recipe cannot be read ({error}); compare it with models/dsnet-2.0.0rc1/recipe.toml.") from error
+            raise BadInput(f"The recipe cannot be read ({error}); compare it with models/dsnet-2.0.0/recipe.toml.") from error
 
     @property
     def numbers(self) -> str:
         """The recipe without the words for its card: what a checkpoint depends on."""
         return self.source.partition("[card]")[0]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the library and each session depend on; more of them may be made, and others learn from them."""
+        data = self.data
+        return {
+            "seed": self.seed,
+            "curves": data.curves,
+            "validation_curves": data.validation_curves,
+            "points": list(data.points),
+        }
 
 
 class Progress(NamedTuple):
@@ -231,14 +246,18 @@ class Training:
     """
 
     def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.half = recipe, device, has_bfloat16(device)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(recipe.seed)
             self.network = Unrolled(recipe.architecture).to(device)
         self.average = copy.deepcopy(self.network)
         schedule = recipe.schedule
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
+            self.network.parameters(),
+            lr=schedule.learning_rate,
+            weight_decay=schedule.weight_decay,
+            betas=(0.9, 0.99),
+            fused=True,
         )
         self.step = 0
         self.seconds = 0.0
@@ -269,7 +288,7 @@ class Training:
         rate = schedule.learning_rate * min(1.0, (self.step + 1) / WARM_UP)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16):
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.half):
             answer = self.network(session.operator, features)
         loss = loss_of(answer, ln_truth, session.operator.measured)
         self.optimizer.zero_grad()
@@ -327,14 +346,42 @@ def evaluate(network: Unrolled, sessions: Iterable[Session]) -> tuple[float, flo
 
 
 def prepare(recipe: Recipe, directory: Path, device: str = "cpu", notify: Any = None) -> tuple[list[Session], list[Session]]:
-    """Make, or find, the library and the sessions of a recipe; sessions come back in memory."""
+    """Make, or find, the library and the sessions of a recipe; sessions come back in memory.
+
+    Raises
+    ------
+    BadInput
+        If those that are there were made by a recipe with other data.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    check_origin(directory, recipe)
     if not (directory / LIBRARY).exists():
         save_library(directory / LIBRARY, make_library(recipe.seed, ("training", "validation")))
     data = recipe.data
     training = make_sessions(directory, recipe, "training", data.sessions, data.curves, notify)
     validation = make_sessions(directory, recipe, "validation", data.validation_sessions, data.validation_curves, notify)
     return [load_session(path, device) for path in training], [load_session(path, device) for path in validation]
+
+
+def check_origin(directory: Path, recipe: Recipe) -> None:
+    """Note what the data of a directory depend on, or see that they belong to the recipe.
+
+    Raises
+    ------
+    BadInput
+        If they do not.
+    """
+    path = directory / ORIGIN
+    if not path.exists():
+        path.write_text(json.dumps(recipe.origin), encoding="utf-8")
+    elif (noted := json.loads(path.read_text(encoding="utf-8"))) != recipe.origin:
+        changes = ", ".join(
+            f"{name} {noted[name]} there, {value} here" for name, value in recipe.origin.items() if value != noted[name]
+        )
+        raise BadInput(
+            f"{directory} holds curves of another recipe ({changes}); give another directory, or delete {LIBRARY}, {SESSIONS} "
+            f"and {ORIGIN} there."
+        )
 
 
 def train(recipe: Recipe, directory: Path, *, device: str = "cpu", notify: Callable[[int, int, str], None] | None = None) -> None:
@@ -381,12 +428,14 @@ def finish(recipe: Recipe, directory: Path, state: Training, sessions: list[Sess
 def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Session]) -> dict[str, Any]:
     """Compose the card of a trained model, but for its calibration."""
     last = state.history[-1]
+    widths, spans = zip(*(extent(part.operator.smearing) for part in sessions), strict=True)
     return {
         "name": recipe.name,
         "version": recipe.version,
         "licence": recipe.licence,
         "weights_sha256": sha256,
         **recipe.card,
+        "features": VERSION,
         "architecture": {**recipe.architecture.to_dict(), "parameters": state.network.parameter_count},
         "data": {
             "sessions": recipe.data.sessions,
@@ -395,8 +444,8 @@ def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Sessio
         },
         "ranges": {
             "points": list(recipe.data.points),
-            "width_in_steps": round(float(np.quantile([_width_in_steps(part) for part in sessions], 0.995)), 1),
-            "widths_in_range": round(float(np.quantile([_widths_in_range(part) for part in sessions], 0.005)), 1),
+            "width_in_steps": round(float(np.quantile(widths, 0.995)), 1),
+            "widths_in_range": round(float(np.quantile(spans, 0.005)), 1),
         },
         "figures": {name: float(f"{value:.4g}") for name, value in last._asdict().items()},
         "made": {
@@ -406,16 +455,6 @@ def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Sessio
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "sasmodels")},
         },
     }
-
-
-def _width_in_steps(part: Session) -> float:
-    smearing = part.operator.smearing
-    return float(np.median(widths_below(smearing) / np.gradient(smearing.q)))
-
-
-def _widths_in_range(part: Session) -> float:
-    smearing = part.operator.smearing
-    return float(np.ptp(smearing.q) / max(np.median(widths_below(smearing)), 1e-12))
 
 
 def make_repeats(directory: Path, recipe: Recipe) -> list[Repeats]:

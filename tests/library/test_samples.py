@@ -55,6 +55,18 @@ class TestSets:
             assert set(part.families) <= set(families_of(split))
             assert set(part.families) == set(library.families) & set(families_of(split))
 
+    def test_a_crash_while_saving_leaves_what_was_there(self, library, tmp_path, monkeypatch):
+        save_library(tmp_path / "library.npz", library)
+
+        def crash(file, **arrays):
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(samples.np, "savez", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save_library(tmp_path / "library.npz", library)
+        assert load_library(tmp_path / "library.npz").families == library.families
+
     def test_make_library_takes_the_sets_it_is_asked_for(self, monkeypatch):
         few = [replace(family, count=1) for family in FAMILIES if family.name in CHEAP]
         monkeypatch.setattr(samples, "FAMILIES", few)

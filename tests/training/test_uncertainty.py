@@ -210,7 +210,7 @@ class TestParts:
         learn_parts(learned, repeats, seed=1, device="cpu")
         cases = [uncertainty._case(network, part, "cpu") for part in repeats]
         losses = [sum(uncertainty._parts_loss(net, case).item() for case in cases) for net in (network, learned)]
-        assert losses[1] < losses[0] - 0.5
+        assert losses[1] < losses[0] - 0.2
 
     def test_seeds_reproduce(self, network, repeats, monkeypatch):
         monkeypatch.setattr(uncertainty, "STEPS", 10)

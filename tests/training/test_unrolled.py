@@ -267,6 +267,17 @@ class TestSessions:
         assert [path.stat().st_mtime_ns for path in paths] == before
         assert said == []
 
+    @pytest.mark.parametrize("change", ["seed = 12", "curves = 9", "points = [50, 61]"])
+    def test_those_of_another_recipe_are_refused(self, trained, change):
+        name = change.split(" =")[0]
+        line = next(line for line in TINY.splitlines() if line.startswith(f"{name} ="))
+        with pytest.raises(BadInput, match=rf"curves of another recipe \({name} .* there, .* here\); give another"):
+            unrolled.prepare(Recipe.parse(TINY.replace(f"\n{line}\n", f"\n{change}\n", 1)), trained[0])
+
+    def test_those_of_a_recipe_with_other_steps_are_used(self, trained):
+        longer = Recipe.parse(TINY.replace("steps = 60", "steps = 61"))
+        assert len(unrolled.prepare(longer, trained[0])[0]) == longer.data.sessions
+
     def test_sets_do_not_mix(self, sessions, validation):
         """No sample of training is made of what choices are made by, nor the other way."""
         for split, group in (("training", sessions), ("validation", validation)):
