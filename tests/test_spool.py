@@ -260,15 +260,22 @@ def test_a_forked_child_does_not_keep_the_run_open(writer):
     for document in run_documents(1, stop=False):
         writer(*document)
     (path,) = writer.spool.waiting()
-    reading, writing = os.pipe()
+    mine, its = socket.socketpair()
     if (child := os.fork()) == 0:
-        os.read(reading, 1)
+        with contextlib.suppress(OSError):
+            mine.close()
+            its.send(b"x")
+            its.recv(1)
         os._exit(0)
-    assert not is_free(path)
-    writer.close()
-    assert is_free(path)
-    os.write(writing, b"x")
-    os.waitpid(child, 0)
+    its.close()
+    try:
+        assert mine.recv(1)  # it lives
+        assert not is_free(path)
+        writer.close()
+        assert is_free(path)
+    finally:
+        mine.close()
+        os.waitpid(child, 0)
 
 
 def test_unusable_options_and_directories_are_refused(tmp_path):

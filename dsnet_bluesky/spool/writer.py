@@ -284,7 +284,8 @@ class SpooledWriter:
 
     def _start_deliverer(self) -> None:
         """Start a process of its own, which outlives this one; the key goes by the environment."""
-        command = [sys.executable, "-m", "dsnet_bluesky", "spool", "flush", str(self.spool.directory)]
+        # -P and cwd: what lies in the session's directory is neither imported nor kept busy.
+        command = [sys.executable, "-P", "-m", "dsnet_bluesky", "spool", "flush", str(self.spool.directory)]
         with self.spool.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--follow", "--keep", str(self._keep)],
@@ -293,6 +294,7 @@ class SpooledWriter:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                cwd=self.spool.directory,
             )
 
     def _open_side_files(self) -> None:
@@ -304,6 +306,8 @@ class SpooledWriter:
 
     def _forget(self) -> None:
         """In a forked child: let go of files and locks, which belong to the parent."""
+        if self._closing:
+            return
         for run in self._runs:
             run.close()
         self._runs, self._lock, self._closing = [], threading.Lock(), True
