@@ -1,11 +1,20 @@
-"""The benchmarks on frames and on measured data still run, and their reports are whole."""
+"""The benchmarks on frames and on measured data and the ablation still run, and their reports are whole."""
 
+import importlib
 import re
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from dsnet_bluesky.features import Operator, features_of
+from dsnet_bluesky.indirect import Indirect
+from dsnet_bluesky.library.examples import Session
+from dsnet_bluesky.smearing import Smearing
+from dsnet_bluesky.unrolled import Unrolled, UnrolledConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -24,3 +33,65 @@ def test_a_quick_run_writes_a_whole_report(name, samples, tmp_path, monkeypatch)
     links = re.findall(r"\]\(([^)]+\.png)\)", report)
     assert links
     assert all(0 < (tmp_path / link).stat().st_size < 150_000 for link in links)
+
+
+def test_the_quick_ablation_writes_a_whole_report(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    ablation = importlib.import_module("ablation")
+    for part in ("training", "consistency"):
+        ablation.main(["--quick", "--part", part, "--output", str(tmp_path), "--cache", str(tmp_path / "cache")])
+    report = (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    assert all(report.count(f"| {name} | ") == 2 for name in ablation.VARIANTS if name != "everything")
+    assert all(f"| {condition} | **all, as released** | 8 | " in report for condition in ablation.CONDITIONS)
+    assert "nan" not in report.lower()
+    assert 0 < (tmp_path / "ablation.png").stat().st_size < 150_000
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("ablation_variants")
+
+
+@pytest.fixture
+def operators():
+    """Two operators on the same grids, one sharp, one wide."""
+    q = np.linspace(0.1, 5, 80)
+    wide = Smearing.gaussian(q, 0.3)
+    return Operator(wide), Operator(Smearing.gaussian(q, 0.1, q_calc=wide.q_calc))
+
+
+def seen_by(operator):
+    q = operator.smearing.q
+    I = 1 / (q**4 + 0.1) * (1 + 0.02 * np.random.default_rng(1).standard_normal((3, q.size)))
+    features = features_of(operator, I, 0.02 * I)
+    return Session(operator, features, torch.zeros_like(features.start), ["sphere"] * 3, [0.02] * 3)
+
+
+def assert_same(first, second):
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_without_the_operator_only_local_widths_tell_two_operators_apart(variants, operators):
+    sharp, wide = (variants.without_operator(seen_by(operator)).features for operator in operators)
+    widths = slice(13, None)
+    assert not torch.equal(sharp.channels[:, widths], wide.channels[:, widths])
+    sharp.channels[:, widths] = wide.channels[:, widths]
+    assert_same(sharp, wide)
+
+
+def test_without_the_indirect_transform_it_may_say_what_it_likes(variants, operators):
+    operator = operators[0]
+    first = variants.without_indirect(seen_by(operator)).features
+    ladder = operator.ladder
+    operator.ladder = lambda I, Idev: Indirect(*(1 + 2 * part for part in ladder(I, Idev)))
+    assert_same(first, variants.without_indirect(seen_by(operator)).features)
+
+
+@pytest.mark.parametrize("name", ["between_without_operator", "OneUNet", "wider"])
+def test_networks_without_the_operator_answer_by_features_alone(name, variants, operators):
+    build, config = getattr(variants, name), UnrolledConfig(channels=(4, 4, 4))
+    features, network = seen_by(operators[0]).features, build(config)
+    assert_same(*(network(operator, features) for operator in operators))
+    complete = Unrolled(config)
+    assert not torch.equal(*(complete(operator, features).ln_I for operator in operators))
