@@ -71,7 +71,7 @@ def whole(run, events):
 
 
 def await_rows(raw, uid, count):
-    """Wait for rows; Tiled answers 500 for a table that is registered and has none yet."""
+    """Wait for rows; a read beside a write may be answered 500 (seen with DuckDB), and is tried again."""
     end = time.monotonic() + WAIT
     while time.monotonic() < end:
         with contextlib.suppress(KeyError, httpx.HTTPStatusError):
