@@ -5,19 +5,24 @@ BIN := $(VENV)/bin
 # One thread per process: the curves are small, and threads would fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check setup setup-dev benchmarks clean
+.PHONY: demo test check docs setup setup-dev benchmarks clean
 
 demo: setup
 	$(BIN)/dsnet-bluesky demo
 
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+	$(MAKE) docs
+
+# Into docs/_build/html; any warning is an error, and so is an error of a notebook.
+docs: setup-dev
+	$(BIN)/python -m sphinx --quiet --jobs 2 --fail-on-warning --keep-going docs docs/_build/html
 
 benchmarks: setup-dev
 	$(BIN)/python benchmarks/paper_tables.py
@@ -36,4 +41,4 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) dist build dsnet-demo
+	rm -rf $(VENV) dist build docs/_build dsnet-demo

@@ -233,7 +233,7 @@ def library_of(folder: Path, *, quick: bool) -> Path:
 
 def sessions_of(folder: Path, library: Path, name: str, split: str, count: int, curves: int) -> list[Session]:
     """Make the sessions of a set that are not there yet, and load all."""
-    paths = [folder / "sessions" / f"{name}-{split}" / f"{number:05d}.pt" for number in range(count)]
+    paths = [folder / "sessions" / f"{name}-{split}" / f"{number:05d}.safetensors" for number in range(count)]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     if missing:
         print(f"making {len(missing)} {split} sessions of the set {name}", flush=True)

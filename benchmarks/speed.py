@@ -84,6 +84,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "cme": ("cme", {}),
     "dsnet": ("dsnet", {}),
     "dsnet, network only": ("dsnet", {"consistency": False, "fallback": False}),
+    "dsnet, half": ("dsnet", {"half": True}),
     "dsnet-paper": ("dsnet-paper", {}),
 }
 """By the name in the tables: a method and its options. dsnet-paper, fine-tuned, is timed on its own grid only."""
@@ -294,7 +295,8 @@ instrument. **one**: `prepared(curves)` for a single curve (median of up to 15 c
 batches; left out where one would take more than {patience:g} s. What is not timed within {limit:g} s of its number of threads
 is left out. All answers come with Idev, but those of dsnet-paper. dsnet
 (model {model}) has its default options: proximal steps and classical methods where the network's answer misses the measurement;
-"network only" leaves these out. dsnet-paper is fine-tuned to each curve with 500 steps{steps}, on the paper's grid.
+"network only" leaves these out, "half" lets convolutions compute in bfloat16. dsnet-paper is fine-tuned to each curve with 500
+steps{steps}, on the paper's grid.
 Each number of threads has its own process, with `OMP_NUM_THREADS` and torch set to it.
 """
 

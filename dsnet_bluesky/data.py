@@ -176,9 +176,10 @@ def check_curve(dataset: xr.Dataset) -> xr.Dataset:
             f"q is not ascending: q[{first}] = {q[first]:.6g} is followed by {q[first + 1]:.6g} 1/nm. "
             "Sort the points and merge repeated ones."
         )
-    I, Idev = dataset["I"], dataset["Idev"]
-    usable = (abs(I) < np.inf) & (Idev > 0) & (Idev < np.inf)
-    if not usable.all(dim="q").any():
+    # Of the arrays, not of their Dataset: this is asked of every exposure of a live scan.
+    I, Idev = (dataset[name].transpose(..., "q").values for name in ("I", "Idev"))
+    usable = np.isfinite(I) & (Idev > 0) & (Idev < np.inf)
+    if not usable.all(axis=-1).any():
         check_intensities(dataset)
     return dataset
 

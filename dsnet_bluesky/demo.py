@@ -19,7 +19,6 @@ import xarray as xr
 from bluesky import RunEngine
 from bluesky import plan_stubs as bps
 from bluesky.utils import MsgGenerator
-from bluesky_tiled_plugins import TiledWriter
 from numpy.typing import NDArray
 from ophyd_async.plan_stubs import ensure_connected
 from rich.console import Console
@@ -35,6 +34,7 @@ from .reduction import Reduction, centred
 from .server import Server
 from .sim import PAPER_SLITS, SampleChanger, SaxsCamera, Setting, SilverBehenate, SimBeamline, SlitSetting, Sphere
 from .smearing import Smearing
+from .spool import SpooledWriter
 
 __all__ = ["Distances", "Outcome", "distances", "run"]
 
@@ -153,7 +153,8 @@ class _Session:
         np.save(self._masks["sample"], self.camera.mask(BEAMSTOP))
         self._instrument = Instrument(self.camera.poni, mask=self._masks["sample"])
         self._engine = RunEngine({}, call_returns_result=True)
-        self._engine.subscribe(TiledWriter(client["raw"], batch_size=1))
+        self._writer = SpooledWriter(folder.parent / "spool", client["raw"])
+        self._engine.subscribe(self._writer)
         self._engine.subscribe(self.desmear)
 
     def run(self, slits: Sequence[SlitSetting], positions: Sequence[float]) -> _Runs:
@@ -162,7 +163,8 @@ class _Session:
         self._engine(ensure_connected(*self._beamline.devices))
         with self._progress(2 * len(slits) + len(positions), len(slits) + len(positions)):
             self._engine(self._experiment(slits, positions, runs))
-            finished = self.desmear.wait(PATIENCE)
+            finished = self._writer.wait(PATIENCE) and self.desmear.wait(PATIENCE)
+        self._writer.close()
         self.desmear.close()
         self._engine.loop.call_soon_threadsafe(self._engine.loop.stop)
         if not finished:

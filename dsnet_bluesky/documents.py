@@ -9,23 +9,30 @@ import json
 import math
 import platform
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .data import BadInput
 from .frames import FrameReference
+from .versions import version_order
 
 __all__ = [
     "PURPOSES",
     "Exposure",
     "Instrument",
     "change_within",
+    "failures_of",
+    "frames_per_exposure",
+    "good_exposures",
+    "is_image",
     "mismatch",
     "purpose",
     "result_key",
     "result_metadata",
+    "sample_name",
     "start_metadata",
 ]
 
@@ -175,6 +182,33 @@ def purpose(start: Mapping[str, Any]) -> str | None:
     return value if value in PURPOSES else None
 
 
+def sample_name(said: Mapping[str, Any]) -> str:
+    """Return the name of the sample in a start document or a result's metadata, empty where there is none."""
+    sample = said.get("sample") or ""
+    return str(sample.get("name", sample) if isinstance(sample, Mapping) else sample)
+
+
+def failures_of(said: Mapping[str, Any]) -> dict[int, str]:
+    """Return why exposures of a result failed, by their number from 0, as its metadata say."""
+    return {int(failure["exposure"]): str(failure["reason"]) for failure in said.get("failures") or ()}
+
+
+def good_exposures(said: Mapping[str, Any]) -> list[int]:
+    """Return the numbers, from 0, of the exposures of a result that did not fail."""
+    failed = failures_of(said)
+    return [number for number in range(said["exposures"]) if number not in failed]
+
+
+def is_image(shape: Sequence[int | None]) -> bool:
+    """Whether data of a shape are images: the last two lengths, where they are known, exceed 1."""
+    return len(shape) >= 2 and all(length is None or length > 1 for length in shape[-2:])
+
+
+def frames_per_exposure(shape: Sequence[Any], parameters: Mapping[str, Any]) -> int:
+    """Return how many frames an event holds, by the shape of its data and the parameters of its stream resource."""
+    return max(int(shape[-3]) if len(shape) > 2 else 1, int(parameters.get("multiplier") or 1))
+
+
 def start_metadata(
     purpose: str, *, sample: str | Mapping[str, Any] | None = None, direct_beam_uid: str | None = None, **more: Any
 ) -> dict[str, Any]:
@@ -235,6 +269,8 @@ def result_metadata(
     model_name: str = "",
     model_version: str = "",
     model_sha256: str = "",
+    pairing: Mapping[str, Any] | None = None,
+    deferred: str | None = None,
     status: str = "running",
     reason: str | None = None,
 ) -> dict[str, Any]:
@@ -250,6 +286,10 @@ def result_metadata(
         Of `pipeline.Config`.
     method, model_name, model_version, model_sha256
         What desmeared.
+    pairing
+        How and why that direct beam was chosen, and its age in s; None where there was none.
+    deferred
+        Why the run was done later than it could have been, None if it was not.
     status, reason
         running, complete or failed, and why.
 
@@ -262,6 +302,7 @@ def result_metadata(
     parents = {"sample": start["uid"], **({"direct_beam": direct_beam_uid} if direct_beam_uid else {})}
     return {
         **copied,
+        "sample_name": sample_name(start),
         "analysis_stage": "desmear",
         "operation": "desmear",
         "original_start_uid": start["uid"],
@@ -271,20 +312,33 @@ def result_metadata(
         "parent_node_map": parents,
         "raw_uid": start["uid"],
         "direct_beam_uid": direct_beam_uid,
+        "pairing": dict(pairing) if pairing else None,
+        "deferred": deferred,
         "method": method,
         "model_name": model_name,
         "model_version": model_version,
         "model_sha256": model_sha256,
+        "model_order": _order_of(model_version),
         "config": dict(config),
         "config_sha256": config_sha256,
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "python_environment": f"{platform.python_implementation()} {platform.python_version()} on {platform.platform()}",
         "status": status,
         "reason": reason,
     }
 
 
+def _order_of(model_version: str) -> int | None:
+    """Return `versions.version_order`, None where there is no version: a model of one's own may be called anything."""
+    try:
+        return version_order(model_version)
+    except BadInput:
+        return None
+
+
+@cache
 def _versions() -> dict[str, str]:
+    """Return what is installed; asking for it takes as long as desmearing a curve."""
     found = {}
     for package in PACKAGES:
         try:

@@ -36,7 +36,7 @@ from .desmearing.ift import IFT
 from .desmearing.kernels import straightened, widths_below
 from .desmearing.map import MAP
 from .features import VERSION, Operator, features_of
-from .network import check_device
+from .network import check_device, has_bfloat16
 from .smearing import Smearing
 from .unrolled import Unrolled, UnrolledConfig
 from .versions import Model, load_model
@@ -47,7 +47,10 @@ __all__ = ["DSNet", "extent"]
 Floats = NDArray[np.floating[Any]]
 
 BATCH_NODES = 20_000
-"""Nodes of all curves that are worked on at once: they stay in the caches of a CPU."""
+"""Nodes of all curves that are worked on at once on a CPU: they stay in its caches."""
+
+DEVICE_BATCH_NODES = 2_000_000
+"""The same for other devices: enough work to fill them, in some 3 GB."""
 
 PROXIMAL_ENTRIES = 4_000_000
 """Elements of the matrices that proximal steps work on at once: each curve has its own."""
@@ -75,13 +78,15 @@ class DSNet:
         Whether a classical method (`map`, `ift`) answers where the network cannot.
     device
         Any device of torch: ``"cpu"``, ``"cuda"``.
+    half
+        Let the convolutions compute in bfloat16, for speed (benchmarks/speed.py): I changes by much less than its error.
     model
         Released model, ``"NAME"`` or ``"NAME:VERSION"``, or the path of its folder.
 
     Raises
     ------
     BadInput
-        If the model cannot be loaded.
+        If the model cannot be loaded, or the device does not compute in bfloat16 as `half` wants it.
     """
 
     def __init__(
@@ -91,11 +96,14 @@ class DSNet:
         consistency: bool = True,
         fallback: bool = True,
         device: str = "cpu",
+        half: bool = False,
         model: str = "dsnet",
     ) -> None:
         self.smearing = smearing
-        self.consistency, self.fallback, self.device = consistency, fallback, device
+        self.consistency, self.fallback, self.device, self.half = consistency, fallback, device, half
         check_device(device)
+        if half and not has_bfloat16(device):
+            raise BadInput(f"The device {device!r} does not compute in bfloat16: half=True would be slow, leave it out.")
         self.model = load_model(model)
         if "calibration" not in self.model.card:
             raise BadInput(f"{self.model.name} {self.model.version} is no model of the method dsnet; leave out the option model.")
@@ -127,8 +135,9 @@ class DSNet:
             `diagnostics` hold for every exposure what answered (``network``, ``proximal``, ``map``
             or ``ift``) and the network's chi2 before any step, `attrs` how errors are correlated.
         """
-        threads = torch.get_num_threads() if self.operator.device.type == "cpu" else 1
-        batch = max(1, min(BATCH_NODES // self.operator.smearing.q_calc.size, -(-len(I) // threads)))
+        on_cpu = self.operator.device.type == "cpu"
+        threads, most = (torch.get_num_threads(), BATCH_NODES) if on_cpu else (1, DEVICE_BATCH_NODES)
+        batch = max(1, min(most // self.operator.smearing.q_calc.size, -(-len(I) // threads)))
         parts = _side_by_side(lambda i: self._pass(I[i : i + batch], Idev[i : i + batch]), range(0, len(I), batch), threads)
         found = _Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         solution = self._solution(found)
@@ -143,7 +152,10 @@ class DSNet:
         Idev = np.maximum(Idev, EXACT * np.abs(I))
         silent = torch.as_tensor(np.mean((I / Idev) ** 2, axis=-1) < SILENT, device=self.operator.device)
         features = features_of(self.operator, I, Idev)
-        answer = self.network(self.operator, features)
+        kind = self.operator.device.type
+        # Without half, convolutions in full single precision: cuDNN's default (TF32) would change ln I by more than 1e-4.
+        with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(kind, dtype=torch.bfloat16, enabled=self.half):
+            answer = self.network(self.operator, features)
         ln_I, error = answer.ln_I.double(), self.calibration(answer.ln_error).double()
         before = self._chi2(ln_I, features.I, features.Idev)
         width = torch.exp(answer.ln_resolved) * self.operator.unit

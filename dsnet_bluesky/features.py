@@ -8,6 +8,7 @@ All of it is free of units: q enters in local steps, I in ratios.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,35 @@ from .desmearing.kernels import straightened, widths_below
 from .indirect import IndirectLadder
 from .smearing import Smearing
 
-__all__ = ["CHANNELS", "VERSION", "Features", "Operator", "features_of", "residual", "step"]
+__all__ = ["CHANNELS", "INPUTS", "VERSION", "Features", "Operator", "features_of", "residual", "step"]
 
 VERSION = 2
 """Counted up whenever the numbers change: weights know no other features than those that they were trained on."""
 
 CHANNELS = 19
 """Number of channels of `Features.channels`."""
+
+MEANINGS = (
+    (1, "ln I after 20 steps of Richardson and Lucy's iteration, less its mean over the measured range, over 4"),
+    (4, "what differs from it in ln I: the smoothed measurement, 5 steps, Lake's iteration, the indirect transform"),
+    (4, "(I - R exp(ln I)) / Idev of the smoothed measurement, 5 and 20 steps and the indirect transform, inverse sinh, over 2"),
+    (1, "ln of the relative noise, over 4"),
+    (3, "ln of the indirect transform's deviation and of its chi2, over 4, and its rank"),
+    (2, "ln of the standard deviation of R in steps of q_calc, in all and towards lower q, over 2"),
+    (2, "ln of the step and of the standard deviation of R over q, over 4"),
+    (2, "whether a node is near a measured point, and whether R sees it"),
+)
+"""Channels of `Features.channels` in their order: how many, and what they hold."""
+
+INPUTS: dict[str, Any] = {
+    "summary": "Each node of q_calc is described by what exact applications of the smearing operator R and of its adjoint make "
+    "of the measured curve, and by R itself. Nothing has a unit: q enters in local steps, I in ratios.",
+    "dims": ["curve", "channel", "node of q_calc"],
+    "channels": CHANNELS,
+    "meanings": [f"{count}: {words}" for count, words in MEANINGS],
+    "units": {"q": "1/nm", "I": "any unit, of any sign", "Idev": "the unit of I (one standard deviation)"},
+}
+"""What the card of a model says of these features, see `versions.cards.Inputs`."""
 
 RICHARDSON_LUCY = (5, 20)
 """Steps after which the iteration is shown to the network."""
@@ -41,6 +64,10 @@ HALVES = (0, 1, 4, 13, 40, 121)
 
 CLIP = 8.0
 """Logarithms of ratios are shown up to here."""
+
+
+TENSORS = ("matrix", "seen", "visible", "left", "fraction", "measured", "beyond", "tail", "local", "unit", "place")
+"""Names of what an `Operator` computes."""
 
 
 class Operator:
@@ -95,6 +122,20 @@ class Operator:
         self.unit = self.tensor(unit)
         self.place = self.tensor(np.concatenate([[0.0], np.cumsum(2 * np.diff(nodes) / (unit[1:] + unit[:-1]))]))
         self.ladder = IndirectLadder(q, nodes, matrix, self.device) if transform else None
+
+    @classmethod
+    def from_tensors(cls, smearing: Smearing, tensors: Mapping[str, Tensor], device: str | torch.device = "cpu") -> Operator:
+        """Build from what `tensors` gave, without the indirect transform: a training loads thousands of operators."""
+        operator = cls.__new__(cls)
+        operator.smearing, operator.device, operator.ladder = smearing, torch.device(device), None
+        for name in TENSORS:
+            setattr(operator, name, tensors[name].to(operator.device))
+        return operator
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that depends on the operator, but for the indirect transform."""
+        return {name: getattr(self, name) for name in TENSORS}
 
     def _local(self, below: NDArray, step: NDArray) -> NDArray:
         """Widths of R in steps of q_calc, in all and towards lower q, and steps and widths against q."""
@@ -181,7 +222,13 @@ def features_of(operator: Operator, I: NDArray | Tensor, Idev: NDArray | Tensor)
 def residual(operator: Operator, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:
     """Show what an answer leaves over: (I - R exp(ln I)) / Idev on q_calc, compressed, shape (exposure, m)."""
     rest = (I - operator.apply(torch.exp(ln_I))) / Idev
-    return operator.to_nodes(torch.asinh(rest).clamp(-CLIP, CLIP)) / 2 * operator.measured
+    return operator.to_nodes(_asinh(rest).clamp(-CLIP, CLIP)) / 2 * operator.measured
+
+
+def _asinh(x: Tensor) -> Tensor:
+    """Inverse hyperbolic sine; torch's own is not vectorised on CPUs."""
+    size = x.abs().clamp_max(1e6)  # its square must stay a number
+    return torch.sign(x) * torch.log1p(size + size.square() / (1 + torch.sqrt(1 + size.square())))
 
 
 def start_curve(I: Tensor, Idev: Tensor) -> Tensor:

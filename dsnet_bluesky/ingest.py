@@ -25,7 +25,7 @@ from .documents import Instrument, start_metadata
 from .frames import FABIO_MIMETYPE, HDF5_MIMETYPE, FrameReference, count, read
 from .reduction import integrator, load_mask, load_poni
 
-__all__ = ["DATA_KEY", "ingest"]
+__all__ = ["DATA_KEY", "configuration_of", "ingest"]
 
 DATA_KEY = "image"
 """Name of the frames in the runs."""
@@ -246,7 +246,7 @@ def _documents(file: _File, instrument: Instrument, metadata: Mapping[str, Any])
         name="primary",
         data_keys={DATA_KEY: key},
         object_keys={"file": [DATA_KEY]},
-        configuration={"instrument": _configuration(instrument, file.time)},
+        configuration={"instrument": configuration_of(instrument, file.time)},
         time=file.time,
     )
     yield "descriptor", dict(stream.descriptor_doc)
@@ -271,14 +271,24 @@ def _documents(file: _File, instrument: Instrument, metadata: Mapping[str, Any])
     yield "stop", dict(run.compose_stop(time=file.time))
 
 
-def _configuration(instrument: Instrument, time: float) -> dict[str, Any]:
-    """Say the state of the instrument as `plans.Instrument` does."""
+def configuration_of(instrument: Instrument, time: float, *, source: str = "dsnet_bluesky.ingest") -> dict[str, Any]:
+    """Say the state of the instrument in a descriptor's configuration, as `plans.Instrument` does.
+
+    Parameters
+    ----------
+    instrument
+        The state.
+    time
+        When, in s since 1970.
+    source
+        Who says so.
+    """
     values = {f"instrument-{name}": value for name, value in instrument.to_configuration().items() if value is not None}
     return {
         "data": values,
         "timestamps": dict.fromkeys(values, time),
         "data_keys": {
-            key: {"source": "dsnet_bluesky.ingest", "dtype": "string" if isinstance(value, str) else "number", "shape": []}
+            key: {"source": source, "dtype": "string" if isinstance(value, str) else "number", "shape": []}
             for key, value in values.items()
         },
     }

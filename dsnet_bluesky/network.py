@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dsnet_bluesky.data import BadInput
 
-__all__ = ["DSNet", "NetworkConfig", "check_device"]
+__all__ = ["DSNet", "NetworkConfig", "check_device", "has_bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"torch cannot use the device {device!r} ({reason}); try cpu.") from error
+
+
+def has_bfloat16(device: str) -> bool:
+    """Tell whether a device computes in bfloat16 itself; where it is emulated it takes longer than single precision."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 class DSNet(nn.Module):

@@ -19,10 +19,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from .desmearing import prepare
+from .desmearing import LEARNED, prepare, settled
 from .reduction import MINIMUM_BEAM_COUNTS, Reduction, centred, invalid_pixels, psf
+from .versions import Model, load_model
 
-__all__ = ["Config", "PreparedExposures", "prepare_exposures"]
+__all__ = ["Config", "PreparedExposures", "prepare_exposures", "without_model"]
 
 CACHE_SIZE = 8
 """Preparations that are kept: each holds an operator of a few MB."""
@@ -32,10 +33,15 @@ CACHE_SIZE = 8
 class Config:
     """How exposures are reduced and desmeared; its digest is part of a result's identity.
 
+    Which model answers is settled when it is made, before any work begins: `method` then names the version that
+    a name or an alias stands for. That version is no part of the digest: the SHA-256 of its weights
+    is in the identity beside it, so that the same computation has the same identity, whatever the model was called.
+
     Attributes
     ----------
     method
-        A name of `dsnet_bluesky.desmearing.METHODS`, with or without a version: ``"dsnet"``, ``"dsnet:2.0.0"``.
+        A name of `dsnet_bluesky.desmearing.METHODS`, with or without a version or an alias: ``"dsnet"``,
+        ``"dsnet:2.0.0"``, ``"dsnet:production"``. Reads ``"dsnet:2.0.0"`` in each of these cases.
     options
         Of the method, JSON-serialisable.
     bins
@@ -48,6 +54,13 @@ class Config:
         Fewer counts in the direct beam are refused.
     wavelength_spread
         Standard deviation of the wavelength over its mean.
+    device
+        Of networks: ``"cpu"``, ``"cuda"``. No part of a result's identity: the answer is the same.
+
+    Raises
+    ------
+    BadInput
+        If there is no such model.
     """
 
     method: str = "dsnet"
@@ -58,20 +71,44 @@ class Config:
     per_bin: int = 256
     minimum_beam_counts: float = MINIMUM_BEAM_COUNTS
     wavelength_spread: float = 0.0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        method, options = settled(self.method, self.options)
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "options", options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON-serialisable values."""
-        return {**asdict(self), "options": dict(self.options)}
+        """Return what makes the result, but for which model answered, as JSON-serialisable values."""
+        values = asdict(self)
+        del values["device"]
+        return without_model(values)
 
     @property
     def method_name(self) -> str:
         """The method without a version; which version answered is recorded with every result."""
         return self.method.partition(":")[0]
 
+    def load_model(self) -> Model | None:
+        """Check the model behind the method, None for a classical method.
+
+        Raises
+        ------
+        BadInput
+            If it is damaged.
+        """
+        return load_model(str(self.options.get("model", self.method))) if self.method_name in LEARNED else None
+
     @property
     def sha256(self) -> str:
         """Digest of the configuration in canonical JSON."""
         return _digest_json(self.to_dict())
+
+
+def without_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a configuration, as a dictionary, which model answers: results of before may still name it there."""
+    options = {name: value for name, value in (config.get("options") or {}).items() if name != "model"}
+    return {**config, "method": str(config.get("method", "")).partition(":")[0], "options": options}
 
 
 class PreparedExposures:
@@ -87,8 +124,10 @@ class PreparedExposures:
         With the beam centre where the direct beam is.
     smearing : Smearing
         Pixel-coverage operator, with the wavelength spread where there is one.
+    model : versions.Model or None
+        The model behind the method; None for classical ones.
     model_name, model_version, model_sha256 : str
-        Of the method's model; empty for classical methods.
+        Of this model; empty for classical methods.
     """
 
     def __init__(
@@ -116,8 +155,10 @@ class PreparedExposures:
         )
         self.q = self.reduction.q
         self.smearing = self.reduction.smearing(self.psf, per_bin=config.per_bin, spread=config.wavelength_spread)
-        self._method = prepare(self.smearing, config.method, **config.options)
-        model = self._method.model
+        device = {} if config.device == "cpu" else {"device": config.device}
+        self._method = prepare(self.smearing, config.method, **{**config.options, **device})
+        self.model: Model | None = self._method.model
+        model = self.model
         self.model_name = model.name if model else ""
         self.model_version = model.version if model else ""
         self.model_sha256 = model.sha256 if model else ""
@@ -144,7 +185,17 @@ class PreparedExposures:
         BadInput
             If the frames cannot be reduced or desmeared.
         """
-        return self._method(self.reduction(frames, time=time, monitor=monitor, transmission=transmission))
+        return self.desmear(self.reduction(frames, time=time, monitor=monitor, transmission=transmission))
+
+    def desmear(self, curves: xr.Dataset) -> xr.Dataset:
+        """Desmear curves of `reduction`.
+
+        Raises
+        ------
+        BadInput
+            If none of them can be desmeared.
+        """
+        return self._method(curves)
 
 
 def prepare_exposures(
@@ -215,7 +266,7 @@ def _with_gaps(beam_frame: ArrayLike, poni: Mapping[str, Any], mask: NDArray | N
 
 def _digest(frame: NDArray, ponis: Iterable[Mapping[str, Any] | None], masks: Iterable[NDArray | None], config: Config) -> str:
     geometries = [None if poni is None else _plain(poni) for poni in ponis]
-    sha = hashlib.sha256(json.dumps([geometries, config.to_dict()], sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps([geometries, asdict(config)], sort_keys=True).encode())
     for array in (frame, *(np.empty(0) if m is None else np.asarray(m, dtype=bool) for m in masks)):
         sha.update(f"{array.shape}{array.dtype}".encode())
         sha.update(np.ascontiguousarray(array).tobytes())

@@ -6,9 +6,11 @@ as a process of its own and never imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -66,6 +68,7 @@ def configuration(data_directory: str | Path, *, readable: Sequence[str | Path] 
     root = Path(data_directory).absolute()
     for name in ("store", "detector"):
         (root / name).mkdir(parents=True, exist_ok=True)
+    _make_tables(root / "tables.db")
     directories = [_existing(directory) for directory in readable]
     filled = yaml.safe_load(EMBEDDED.read_text().replace("${DSNET_DATA}", str(root)))
     for tree in filled["trees"]:
@@ -216,17 +219,26 @@ class Server:
 
     def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self._timeout
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise ServerError(f"The Tiled server ended with status {process.returncode}. {self._tail()}")
-            if _healthy(self.uri):
-                return
-            time.sleep(0.1)
+        # One client for all attempts: making one loads certificates, which takes longer than the wait between them.
+        with httpx.Client(timeout=1.0, trust_env=False) as http:
+            while time.monotonic() < deadline:
+                if process.poll() is not None:
+                    raise ServerError(f"The Tiled server ended with status {process.returncode}. {self._tail()}")
+                if _healthy(http, self.uri):
+                    return
+                time.sleep(0.1)
         raise ServerError(f"The Tiled server did not answer within {self._timeout:g} s at {self.uri}. {self._tail()}")
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL:]
         return f"The end of its log ({self.log}):\n" + "\n".join(lines)
+
+
+def _make_tables(path: Path) -> None:
+    """Make the database of tables, whose readers and writers shall not lock each other out."""
+    if not path.exists():
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA journal_mode=WAL")  # a property of the file, whoever opens it
 
 
 def _existing(directory: str | Path) -> str:
@@ -263,9 +275,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _healthy(uri: str) -> bool:
+def _healthy(http: httpx.Client, uri: str) -> bool:
     try:
-        return httpx.get(f"{uri}/healthz", timeout=1.0, trust_env=False).status_code == 200
+        return http.get(f"{uri}/healthz").status_code == 200
     except httpx.TransportError:
         return False
 

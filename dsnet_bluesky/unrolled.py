@@ -161,7 +161,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add to the input what the convolutions make of it."""
-        return x + self.two(functional.silu(self.one(functional.silu(x))))
+        return x + self.two(functional.silu(self.one(functional.silu(x)), inplace=True))
 
 
 class UNet(nn.Module):

@@ -1,5 +1,6 @@
 """Curves, PSFs and frames are read through the server, from real files."""
 
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import fabio.edfimage
 import h5py
 import numpy as np
+import pyarrow
 import pytest
 import xarray as xr
 from bluesky_tiled_plugins import TiledWriter
 from event_model import compose_run
 from tiled.client.utils import ClientError
+from tiled.mimetypes import TILED_SQL_TABLE_MIMETYPE
 
 from dsnet_bluesky import adapters, documents
 from dsnet_bluesky.derived import register_curves
@@ -244,4 +247,27 @@ def test_adapters_are_found_by_the_names_in_the_configuration(client):
         for mount in ("raw", "curves", "psfs")
         for mimetype, cls in client.context.http_client.app.state.root_tree[mount].context.adapters_by_mimetype.maps[0].items()
     }
-    assert names == {FABIO_MIMETYPE: "FabioAdapter", adapters.CURVE_MIMETYPE: "CurveAdapter", adapters.PSF_MIMETYPE: "PSFAdapter"}
+    assert names == {
+        FABIO_MIMETYPE: "FabioAdapter",
+        TILED_SQL_TABLE_MIMETYPE: "TableAdapter",
+        adapters.CURVE_MIMETYPE: "CurveAdapter",
+        adapters.PSF_MIMETYPE: "PSFAdapter",
+    }
+
+
+def test_rows_of_several_writers_wait_for_their_turn(served):
+    """SQLite refuses a second writer at once; without waiting, Tiled answers 500."""
+    client = served.client()
+    schema = pyarrow.schema([("x", pyarrow.float64())])
+    raw, keys = client["raw"], [str(uuid.uuid4()) for _ in range(4)]
+    tables = [raw.create_appendable_table(schema, key=key) for key in keys]
+
+    def write(table):
+        for number in range(15):
+            table.append_partition(0, pyarrow.table({"x": [float(number)]}))
+
+    with ThreadPoolExecutor(len(tables)) as pool:
+        for done in [pool.submit(write, table) for table in tables]:
+            done.result()
+    assert [len(table.read()) for table in tables] == [15] * 4
+    raw.delete_contents(keys, external_only=False)  # others look for runs there

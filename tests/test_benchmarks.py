@@ -1,4 +1,4 @@
-"""The benchmarks on frames and on measured data and the ablation still run, and their reports are whole."""
+"""The benchmarks on frames, on questions and on measured data and the ablation still run, and their reports are whole."""
 
 import importlib
 import re
@@ -33,6 +33,16 @@ def test_a_quick_run_writes_a_whole_report(name, samples, tmp_path, monkeypatch)
     links = re.findall(r"\]\(([^)]+\.png)\)", report)
     assert links
     assert all(0 < (tmp_path / link).stat().st_size < 150_000 for link in links)
+
+
+def test_a_quick_run_asks_every_question(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    importlib.import_module("queries").main(["--quick", "--output", str(tmp_path)])
+    report = (tmp_path / "queries.md").read_text(encoding="utf-8")
+    assert "## SQLite, 200 results" in report
+    assert all(
+        re.search(rf"^\| `{name}`(?: \| [0-9]+ \([0-9]+\)){{5}} \|$", report, re.MULTILINE) for name in ("OfRun", "Latest")
+    )
 
 
 def test_the_quick_ablation_writes_a_whole_report(tmp_path, monkeypatch):

@@ -98,12 +98,13 @@ def test_distances_see_only_the_form():
     assert table["narrow"].measured_to_narrowest == 0
 
 
-def test_result_that_failed_is_named_by_its_reason(client, RE, detector_directory):
+def test_result_that_failed_is_named_by_its_reason(client, store_raw_run):
     from dsnet_bluesky.derived import ResultWriter
     from dsnet_bluesky.documents import result_metadata
 
     start = {"uid": "a-run", "time": 0.0}
     metadata = result_metadata(start, direct_beam_uid=None, config={}, config_sha256="", method="map")
+    store_raw_run(client, "a-run")
     ResultWriter.create(client, "demo-failed", metadata).fail("no direct beam")
     with pytest.raises(RuntimeError, match="no direct beam"):
         demo._result(client, "a-run")

@@ -1,9 +1,12 @@
 """What is derived is written once, exposure by exposure, and says what became of it."""
 
+import dataclasses
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,16 +16,38 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from tiled.client.array import ArrayClient
+from tiled.client.utils import ClientError
 from tiled.client.xarray import DatasetClient
 from tiled.queries import Key
+from tiled.utils import path_from_uri
 
 from dsnet_bluesky.data import RESULT_VARIABLES, BadInput, concat_exposures, describe, failed_exposure
-from dsnet_bluesky.derived import AlreadyStored, ResultWriter, register_all, register_curves, register_psf, results
+from dsnet_bluesky.derived import (
+    AlreadyStored,
+    Finished,
+    LostClaim,
+    NoRawRun,
+    ResultWriter,
+    register_all,
+    register_curves,
+    register_psf,
+    results,
+    store_together,
+)
 from dsnet_bluesky.documents import Instrument, result_metadata
+from dsnet_bluesky.export.stored import contents_of
 from dsnet_bluesky.ingest import ingest
 
 START = {"uid": "raw-1", "time": 1.7e9, "sample": "latex", "scan_id": 7}
 METADATA = result_metadata(START, direct_beam_uid="beam-1", config={"method": "map"}, config_sha256="0" * 64, method="map")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def raw_runs(client, store_raw_run) -> None:
+    """Store the runs that the results of this module are of."""
+    for uid in ("raw-1", "raw-2"):
+        store_raw_run(client, uid)
 
 
 @pytest.fixture
@@ -41,7 +66,7 @@ def exposure(level: float, n: int = 20, names: Sequence[str] = RESULT_VARIABLES)
 
 
 def short(level: float, n: int = 20) -> xr.Dataset:
-    """A result with fewer variables: each costs two requests."""
+    """A result with fewer variables."""
     return exposure(level, n, ["I", "Idev"])
 
 
@@ -67,11 +92,13 @@ def test_a_result_grows_and_reads_as_a_dataset(client, key):
         assert read.I.attrs == expected.I.attrs
         assert read.attrs == {"status": "complete", "raw_uid": "raw-1", "method": "map", "options": "{}"}
     assert node.metadata["exposures"] == 3
-    assert node["I"].chunks == ((1, 1, 1), (20,))
+    assert node[node.metadata["rows"]].chunks[0] == (1, 1, 1), "an exposure is a file of its own, there as a whole or not at all"
 
 
-def test_results_are_found_by_their_metadata(make_client):
+def test_results_are_found_by_their_metadata(make_client, store_raw_run):
     client = make_client()
+    for uid in ("raw-1", "raw-2"):
+        store_raw_run(client, uid)
     ResultWriter.create(client, "one", METADATA).fail("too few counts")
     ResultWriter.create(client, "two", {**METADATA, "sample": "AgBh", "raw_uid": "raw-2"})
     found = client["desmeared"]
@@ -132,7 +159,9 @@ def test_failed_exposures_of_a_batch_keep_their_reasons(client, key):
 def test_the_first_exposure_settles_the_variables(client, key):
     writer = ResultWriter.create(client, key, METADATA)
     writer.append(short(1.0).assign(weight=("exposure", [3.0])))
-    with pytest.raises(BadInput, match="share their variables; diameter, weight is not in all of them: desmear them with one"):
+    with pytest.raises(
+        BadInput, match="share their variables; diameter, weight is not in all of them alike: desmear them with one"
+    ):
         writer.append(short(1.0).assign(diameter=("exposure", [12.0])))
 
 
@@ -182,59 +211,220 @@ def test_a_result_that_is_being_written_is_left_alone(client, key):
     ResultWriter.create(client, key, METADATA)
 
 
-@pytest.mark.parametrize(
-    ("host", "pid", "age", "abandoned"),
-    [
-        ("here", "dead", 0.0, True),
-        ("here", "alive", 1e6, False),
-        ("elsewhere", "alive", 60.0, False),
-        ("elsewhere", "alive", results.LEASE + 60, True),
-    ],
-)
-def test_what_a_crash_left_behind_is_begun_again(client, key, host: str, pid: str, age: float, abandoned: bool):
-    first = ResultWriter.create(client, key, METADATA)
-    first.append(short(1.0))
+def test_a_result_belongs_to_its_writer_as_soon_as_the_server_has_it(client, key):
+    class Slow(ResultWriter):
+        def __init__(self, *args: Any):
+            # Another thread looks at the node while its writer still waits to hear that it was made.
+            with pytest.raises(AlreadyStored, match="running"):
+                ResultWriter.create(client, key, METADATA)
+            super().__init__(*args)
+
+    writer = Slow.create(client, key, METADATA)
+    writer.append(exposure(1.0))
+    writer.complete()
+    assert client["desmeared"][key].read().sizes["exposure"] == 1
+
+
+def foreign(writer: ResultWriter, **owner: Any) -> None:
+    """Make a result look as if another process, perhaps of another machine, wrote it."""
+    before = writer.node.metadata["writer"]
+    writer.node.update_metadata({"writer": {**before, **owner}})
+
+
+def dead_process() -> int:
+    """Pid of a process that is gone."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    owner = {
-        "host": first.node.metadata["writer"]["host"] if host == "here" else host,
-        "pid": dead.pid if pid == "dead" else os.getppid(),
-    }
-    first.node.update_metadata({"writer": owner, "updated": time.time() - age})
-    if not abandoned:
-        with pytest.raises(AlreadyStored):
-            ResultWriter.create(client, key, METADATA)
-        return
+    return dead.pid
+
+
+def test_what_a_process_that_is_gone_left_behind_is_begun_again(client, key):
+    first = ResultWriter.create(client, key, METADATA)
+    first.append(short(1.0))
+    foreign(first, pid=dead_process())
     second = ResultWriter.create(client, key, METADATA)
     second.append(short(5.0))
     second.complete()
     assert client["desmeared"][key].read().I.values[:, 0].tolist() == [5.0]
+    assert client["desmeared"][key].metadata["attempts"] == 2
 
 
-def test_an_interrupted_append_can_be_repeated(client, key, monkeypatch):
+def test_what_a_living_process_writes_is_left_alone(client, key, monkeypatch):
+    foreign(ResultWriter.create(client, key, METADATA), pid=os.getppid())
+    monkeypatch.setattr(results, "LEASE", 0.0)  # its silence does not matter, because it is known to live
+    for _ in range(2):
+        with pytest.raises(AlreadyStored):
+            ResultWriter.create(client, key, METADATA)
+
+
+def test_another_machine_is_known_by_its_silence_whatever_its_clock_says(client, key, monkeypatch):
+    monkeypatch.setattr(results, "LEASE", 0.5)
+    first = ResultWriter.create(client, key, METADATA)
+    foreign(first, host="elsewhere")
+    first.node.update_metadata({"updated": time.time() - 1e9})
+    with pytest.raises(AlreadyStored):
+        ResultWriter.create(client, key, METADATA)  # the first look begins the wait
+    time.sleep(0.6)
+    first.node.update_metadata({"updated": time.time() + 1e9})
+    with pytest.raises(AlreadyStored):
+        ResultWriter.create(client, key, METADATA)  # it was touched
+    time.sleep(0.6)
+    assert ResultWriter.create(client, key, METADATA) is not first
+
+
+def test_a_writer_that_was_taken_for_dead_writes_nothing_more(client, key, monkeypatch):
+    first = ResultWriter.create(client, key, METADATA)
+    first.append(short(1.0))
+    foreign(first, pid=dead_process())
+    second = ResultWriter.create(client, key, METADATA)
+    second.append(short(5.0))
+    monkeypatch.setattr(results, "LEASE", 0.0)  # the first one was silent for longer than half of it
+    for late in (lambda: first.append(short(1.0)), first.complete, lambda: first.fail("late")):
+        with pytest.raises(LostClaim):
+            late()
+    monkeypatch.undo()
+    second.complete()
+    assert client["desmeared"][key].read().I.values[:, 0].tolist() == [5.0]
+
+
+def test_a_writer_keeps_its_claim_while_nothing_comes(client, key, monkeypatch):
     writer = ResultWriter.create(client, key, METADATA)
-    put = ResultWriter._put
+    before = client["desmeared"][key].metadata["updated"]
+    writer.keep_claim()
+    assert client["desmeared"][key].metadata["updated"] == before, "it was touched a moment ago"
+    monkeypatch.setattr(results, "CLAIM_INTERVAL", 0.0)
+    writer.keep_claim()
+    assert client["desmeared"][key].metadata["updated"] > before
 
-    def fails_at(name: str):
-        def broken(self: ResultWriter, variable: str, values: xr.DataArray) -> None:
-            if variable == name:
-                raise ConnectionError("planted")
-            put(self, variable, values)
 
-        return broken
+def test_result_of_a_run_that_is_removed_meanwhile(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(short(1.0))
+    client["desmeared"].delete_contents(key, recursive=True, external_only=False)
+    with pytest.raises(LostClaim, match=key):
+        writer.append(short(2.0))
 
-    for level, name in ((1.0, "Idev"), (2.0, "flags")):
-        before = writer.exposures
-        monkeypatch.setattr(ResultWriter, "_put", fails_at(name))
+
+def test_no_result_without_its_raw_run(client, key, store_raw_run):
+    uid = f"late-{key}"
+    with pytest.raises(NoRawRun, match=uid):
+        ResultWriter.create(client, key, {**METADATA, "raw_uid": uid})
+    assert key not in client["desmeared"]
+    threading.Timer(0.3, store_raw_run, (client, uid)).start()
+    assert ResultWriter.create(client, key, {**METADATA, "raw_uid": uid}, patience=20.0)
+
+
+@pytest.mark.parametrize("step", ["_put_data_source", "pack"])
+def test_an_interrupted_append_can_be_repeated(client, key, monkeypatch, step):
+    writer = ResultWriter.create(client, key, METADATA)
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise ConnectionError("planted")
+
+    monkeypatch.setattr(results, step, broken)
+    with pytest.raises(ConnectionError):
+        writer.append(short(1.0))
+    for read in (client["desmeared"][key].read(), plain(client["desmeared"][key]).read()):
+        assert read.sizes.get("exposure", 0) == 0
+    monkeypatch.undo()
+    writer.append(short(1.0))
+    with monkeypatch.context() as planted:
+        planted.setattr(ArrayClient, "patch", broken)
         with pytest.raises(ConnectionError):
-            writer.append(short(level))
-        assert client["desmeared"][key].read().sizes.get("exposure", 0) == before
-        monkeypatch.setattr(ResultWriter, "_put", put)
-        writer.append(short(level))
+            writer.append(short(2.0))
+    writer.append(short(2.0))
     writer.complete()
     read = client["desmeared"][key].read()
     assert read.I.values[:, 0].tolist() == [1.0, 2.0]
     assert read.chi2.values.tolist() == [1.0, 1.0]
+
+
+def test_an_exposure_costs_two_requests(client, key, monkeypatch):
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(exposure(1.0))
+    sent: list[str] = []
+    send = client.context.http_client.send
+    monkeypatch.setattr(
+        client.context.http_client, "send", lambda r, **o: sent.append(f"{r.method} {r.url.path}") or send(r, **o)
+    )
+    writer.append(exposure(2.0))
+    place = f"{key}/{writer.node.metadata['rows']}"
+    assert sent == [f"PATCH /api/v1/array/full/desmeared/{place}", f"PATCH /api/v1/metadata/desmeared/{key}"]
+
+
+def test_what_is_begun_again_shows_nothing_of_before(client, key):
+    for level in (1.0, 5.0):
+        writer = ResultWriter.create(client, key, METADATA, replace_failed=True)
+        writer.append(short(level))
+        assert plain(client["desmeared"][key]).read(["I"]).I.values[:, 0].tolist() == [level]
+        folder = folder_of_rows(client["desmeared"][key])
+        assert folder.is_dir()
+        if level == 1.0:
+            first = folder
+        writer.fail("planted")
+    client["desmeared"].delete_contents(key, recursive=True, external_only=False)
+    assert not first.exists(), "the rows go with their result"
+    assert not folder.exists()
+
+
+def test_rows_that_no_node_knows_are_in_nobodys_way(client, key):
+    """A server that is killed at the wrong moment leaves a folder behind."""
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(short(1.0))
+    folder = folder_of_rows(client["desmeared"][key])
+    shutil.copytree(folder, folder.with_name("kept"))
+    client["desmeared"].delete_contents(key, recursive=True, external_only=False)
+    folder.with_name("kept").rename(folder)
+    again = ResultWriter.create(client, key, METADATA)
+    again.append(short(5.0))
+    assert client["desmeared"][key].read().I.values[:, 0].tolist() == [5.0]
+
+
+def folder_of_rows(node: Any) -> Path:
+    rows = node[node.metadata["rows"]]
+    return Path(path_from_uri(rows.data_sources()[0].assets[0].data_uri))
+
+
+def test_what_is_not_announced_is_not_shown(client, key, monkeypatch):
+    """An append whose answer was lost may be repeated with something else."""
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(short(1.0))
+    with monkeypatch.context() as planted:
+        planted.setattr(ResultWriter, "_update", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("planted")))
+        with pytest.raises(ConnectionError):
+            writer.append(short(2.0))
+    node = client["desmeared"][key]
+    assert node.read().sizes["exposure"] == plain(node).read().sizes["exposure"] == 1
+    writer.append_failure("the file vanished")
+    for read in (node.read(), plain(node).read()):
+        assert np.isnan(read.I.values[1]).all()
+    assert node.read().status.values.tolist() == ["ok", "failed"]
+
+
+def test_rows_that_come_while_a_client_reads_do_no_harm(client, key):
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(short(1.0))
+    node = client["desmeared"][key]
+    stored = node[node.metadata["rows"]]
+    writer.append(short(2.0))
+    assert stored.shape[0] == 1
+    assert stored.read((slice(0, 1),)).shape[0] == 1
+
+
+def test_more_rows_than_the_server_remembers(client, key, monkeypatch):
+    monkeypatch.setattr("dsnet_bluesky.adapters.results.CACHED_BYTES", 100)
+    writer = ResultWriter.create(client, key, METADATA)
+    for level in (1.0, 2.0):
+        writer.append(short(level))
+        assert plain(client["desmeared"][key]).read().I.values[-1, 0] == level
+
+
+@pytest.mark.parametrize("change", [{"extra": ("exposure", [1.0])}, {"chi2": ("exposure", np.array([1]))}])
+def test_an_exposure_of_another_kind_is_refused(client, key, change):
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(short(1.0))
+    with pytest.raises(BadInput, match="is not in all of them alike"):
+        writer.append(short(1.0).assign(change))
 
 
 def test_exposures_of_another_q_are_refused(client, key):
@@ -288,6 +478,17 @@ def test_a_server_without_our_mounts_is_named(make_client, key):
         ResultWriter.create(raw, key, METADATA)
 
 
+def test_a_server_without_our_adapter_is_told_what_it_lacks(make_client, key, store_raw_run, monkeypatch):
+    described = results.source_of_result
+    monkeypatch.setattr(
+        results, "source_of_result", lambda *a: dataclasses.replace(described(*a), mimetype="application/x-unknown")
+    )
+    client = make_client()
+    store_raw_run(client, "raw-1")
+    with pytest.raises(BadInput, match="add adapters_by_mimetype of /desmeared"):
+        ResultWriter.create(client, key, METADATA)
+
+
 def test_derived_nodes_carry_the_tags_of_their_run(make_client, key, tmp_path: Path, write_edf, poni, beam_frame):
     policy = "tiled.access_control.access_policies:DummyAccessPolicy"
     client = make_client(directory=tmp_path, access_control={"access_policy": policy, "args": {}})
@@ -300,3 +501,56 @@ def test_derived_nodes_carry_the_tags_of_their_run(make_client, key, tmp_path: P
     nodes = [client["raw"][uid], client["curves"][uid], client["psfs"][uid], client["desmeared"][key]]
     nodes.append(client["desmeared"][key, "I"])
     assert [list(node.access_tags) for node in nodes] == [["proposal-1"]] * 5
+
+
+class TestStoredTogether:
+    """Results that are finished before they are stored share the rows of the first of them."""
+
+    def finished(self, client, store_raw_run, count: int, *, tags: list[str] | None = None) -> list[Finished]:
+        made = []
+        for number in range(count):
+            uid = str(uuid.uuid4())
+            store_raw_run(client, uid)
+            dataset = concat_exposures([exposure(10.0 * number + k + 1) for k in range(1 + number % 2)])
+            made.append(Finished(str(uuid.uuid4()), {**METADATA, "raw_uid": uid}, dataset, tags))
+        return made
+
+    def test_each_reads_as_its_own(self, client, store_raw_run):
+        results = self.finished(client, store_raw_run, 4)
+        assert store_together(client, results) == []
+        for result in results:
+            node = client["desmeared"][result.key]
+            assert node.metadata["status"] == "complete"
+            assert node.metadata["attrs"]["status"] == "complete"
+            for read in (node.read(), plain(node).read()):
+                assert np.array_equal(read["I"].values, result.dataset["I"].values)
+                assert read.attrs["raw_uid"] == result.metadata["raw_uid"]
+            told = contents_of(node).terms
+            assert told["raw_uid"] == result.metadata["raw_uid"]
+            assert not {"rows", "rows_of", "first_row"} & set(told), "where rows lie is of no use in a file"
+
+    def test_what_is_there_stays(self, client, store_raw_run):
+        results = self.finished(client, store_raw_run, 3)
+        assert store_together(client, results[:1]) == []
+        assert store_together(client, results[1:2]) == []
+        before = dict(client["desmeared"][results[0].key].metadata)
+        assert store_together(client, results) == [results[0].key, results[1].key]
+        assert dict(client["desmeared"][results[0].key].metadata) == before
+        assert len(client["desmeared"].search(Key("raw_uid") == results[2].metadata["raw_uid"])) == 1
+
+    def test_other_grids_are_stored_by_themselves(self, client, store_raw_run):
+        one, other = self.finished(client, store_raw_run, 2)
+        other = dataclasses.replace(other, dataset=exposure(3.0, n=7))
+        assert store_together(client, [one, other]) == []
+        assert client["desmeared"][other.key].read().sizes["q"] == 7
+
+    def test_rows_of_others_are_found_by_their_whole_name_only(self, client, store_raw_run):
+        """Who writes a result can show in it only what he knows the random name of."""
+        one, other = self.finished(client, store_raw_run, 2)
+        store_together(client, [one, other])
+        node = client["desmeared"][other.key]
+        (source,) = node.data_sources()
+        source.parameters["rows"] = source.parameters["rows"].rpartition("/")[0] + "/rows-1"
+        results._put_data_source(node, source)
+        with pytest.raises(ClientError, match="no rows of results"):
+            plain(node).read()

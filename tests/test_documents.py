@@ -127,3 +127,12 @@ def test_start_metadata():
     assert purpose({}) is None
     with pytest.raises(BadInput, match="direct_beam, sample, blank, dark"):
         start_metadata("lunch")
+
+
+@pytest.mark.parametrize(("version", "order"), [("2.0.0", 2_000_000_999), ("", None), ("of-my-own", None)])
+def test_a_model_may_be_called_anything(version, order):
+    start = {"uid": "u", "time": 0.0}
+    said = result_metadata(
+        start, direct_beam_uid=None, config={}, config_sha256="", method="dsnet", model_name="dsnet", model_version=version
+    )
+    assert (said["model_version"], said["model_order"]) == (version, order)

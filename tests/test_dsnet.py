@@ -6,6 +6,7 @@ import xarray as xr
 from dsnet_bluesky.data import BadInput, Flag, curve
 from dsnet_bluesky.desmearing import desmear, prepare
 from dsnet_bluesky.desmearing.covariance import covariance, coverage_factor
+from dsnet_bluesky.network import has_bfloat16
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.versions import load_model
 
@@ -295,3 +296,19 @@ def test_the_device_is_respected(prepared):
     with torch.device("meta"):
         result = prepare(prepared.smearing, "dsnet", device="cpu")(data)
     np.testing.assert_allclose(result["I"], prepared(data)["I"], rtol=1e-4)
+
+
+class TestHalf:
+    def test_bfloat16_changes_answers_by_much_less_than_their_errors(self, prepared):
+        if not has_bfloat16("cpu"):
+            pytest.skip("this processor does not compute in bfloat16")
+        data = measured(0.02)
+        half = prepare(prepared.smearing, half=True)(data)
+        single = prepared(data)
+        assert float((abs(half["I"] - single["I"]) / single["Idev"]).mean()) < 0.1
+        assert error(half) < 1.05 * error(single)
+
+    def test_it_is_refused_where_it_would_be_slow(self, prepared, monkeypatch):
+        monkeypatch.setattr("dsnet_bluesky.dsnet.has_bfloat16", lambda device: False)
+        with pytest.raises(BadInput, match="half=True would be slow"):
+            prepare(prepared.smearing, half=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsnet_bluesky.features import CHANNELS, Operator, features_of, residual, start_curve, step
+from dsnet_bluesky.features import CHANNELS, INPUTS, MEANINGS, Operator, features_of, residual, start_curve, step
 from dsnet_bluesky.smearing import Smearing
 
 Q = np.linspace(0.05, 3.0, 80)
@@ -24,6 +24,10 @@ def ball(q, R=3.0, background=0.05):
 def smeared_ball() -> np.ndarray:
     """Smeared on a grid far finer and wider than the one of the operator."""
     return Smearing.gaussian(Q, SIGMA, q_calc=FINE).apply(ball(FINE))
+
+
+def test_cards_give_a_meaning_to_every_channel():
+    assert sum(count for count, _ in MEANINGS) == CHANNELS == INPUTS["channels"]
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,17 @@
 """From frames to a desmeared Dataset, on simulated counts with known truth."""
 
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyFAI
 import pytest
 
-from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.pipeline import Config, prepare_exposures
+from dsnet_bluesky.versions import load_model
+from tests.models import own_model
 
 PIXEL = 172e-6
 SHAPE = (195, 487)
@@ -86,6 +90,35 @@ def test_what_is_dead_in_the_direct_beam_is_masked():
 def test_what_cannot_be_prepared_is_named(frame: np.ndarray, config: Config, message: str):
     with pytest.raises(BadInput, match=message):
         prepare_exposures(frame, PONI, config=config)
+
+
+class TestRanges:
+    """What the card of a model says it was trained on decides what is flagged."""
+
+    def flags(self, **changes: Any) -> np.ndarray:
+        config = Config(**{"bins": 150, "q_min": 0.1, "per_bin": 64, "options": {"fallback": False}, **changes})
+        return prepare_exposures(beam(), PONI, config=config)(frames())["flags"].values & int(Flag.OUT_OF_RANGE)
+
+    def test_curve_inside_the_ranges_is_not_flagged(self):
+        assert not self.flags().any()
+
+    def test_fewer_points_and_wider_smearing_are_flagged(self):
+        assert load_model("dsnet").card["ranges"]["points"][0] == 50
+        assert self.flags(bins=45).all()
+        assert not self.flags(q_min=1.0).any()
+        assert self.flags(q_min=1.0, wavelength_spread=0.15).all()
+
+    @pytest.mark.parametrize(
+        "ranges",
+        [
+            {"points": [151, 600], "width_in_steps": 14.6, "widths_in_range": 6.8},
+            {"points": [50, 600], "width_in_steps": 1.0, "widths_in_range": 6.8},
+            {"points": [50, 600], "width_in_steps": 14.6, "widths_in_range": 500.0},
+        ],
+    )
+    def test_a_model_that_was_trained_on_less_flags_more(self, tmp_path: Path, ranges: dict):
+        narrow = own_model(tmp_path / "narrow", retrained=False, ranges=ranges)
+        assert self.flags(options={"fallback": False, "model": str(narrow)}).all()
 
 
 def test_the_digest_of_a_configuration_is_stable():

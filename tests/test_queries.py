@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from tiled.client.container import Container
+from tiled.client.xarray import DatasetClient
 
 from dsnet_bluesky.curvefiles import read_curve
 from dsnet_bluesky.data import BadInput, describe
@@ -91,15 +91,17 @@ def test_a_result_is_exported(client, stored, tmp_path: Path):
     np.testing.assert_allclose(read_curve(path, entry=1).q, np.linspace(0.1, 3, 50))
 
 
-def test_what_failed_says_so_instead_of_plotting(client, stored, tmp_path: Path):
-    metadata = {**client["desmeared"][stored[0]].metadata, "raw_uid": str(uuid.uuid4()), "direct_beam_uid": None}
+def test_what_failed_says_so_instead_of_plotting(client, stored, store_raw_run, tmp_path: Path):
+    store_raw_run(client, uid := str(uuid.uuid4()))
+    metadata = {**client["desmeared"][stored[0]].metadata, "raw_uid": uid, "direct_beam_uid": None}
     ResultWriter.create(client, key := str(uuid.uuid4()), metadata).fail("too few counts")
     node = client["desmeared"][key]
     assert node.direct_beam is node.psf is None
     assert repr(node).endswith("failed, 0 exposures, 'too few counts'>")
-    for action in (node.plot, lambda: node.to_nxcansas(tmp_path / "out.h5")):
-        with pytest.raises(BadInput, match="holds no exposure: too few counts"):
-            action()
+    with pytest.raises(BadInput, match="holds no exposure: too few counts"):
+        node.plot()
+    with pytest.raises(BadInput, match="failed, there is nothing to export: too few counts"):
+        node.to_nxcansas(tmp_path / "out.h5")
     assert not (tmp_path / "out.h5").exists()
 
 
@@ -107,21 +109,18 @@ def test_some_variables_are_read_alone(client, stored):
     assert set(client["desmeared"][stored[0]].read(["I", "q"]).variables) == {"I", "q"}
 
 
-def test_an_exposure_on_its_way_is_left_out(client, stored):
-    """Arrays grow one after the other: what not all of them hold is not shown."""
+def test_an_exposure_on_its_way_is_left_out(client, stored, store_raw_run):
+    """Its row is made before it is filled."""
     start = {"uid": str(uuid.uuid4()), "time": 0.0}
+    store_raw_run(client, start["uid"])
     metadata = result_metadata(start, direct_beam_uid=None, config={}, config_sha256="0" * 64, method="map")
     writer = ResultWriter.create(client, key := str(uuid.uuid4()), metadata)
     writer.append(result(np.linspace(0.1, 3, 50)))
-    node: Container = client["desmeared"][key]
-    node["I"].patch(np.zeros((1, 50)), offset=(1,), extend=True)
-    assert node.read().sizes["exposure"] == 1
-    for name in ("Idev", "Qdev", "I_smeared", "Idev_smeared", "I_resmeared"):
-        node[name].patch(np.zeros((1, 50)), offset=(1,), extend=True)
-    node["chi2"].patch(np.zeros(1), offset=(1,), extend=True)
-    node["flags"].patch(np.zeros(1, dtype=int), offset=(1,), extend=True)
-    node["status"].patch(np.zeros(1, dtype=np.uint8), offset=(1,), extend=True)  # made, not filled
+    node = client["desmeared"][key]
+    rows = node[node.metadata["rows"]]
+    rows.patch(np.zeros((1, rows.shape[1])), offset=(1,), extend=True)
     assert client["desmeared"][key].read().sizes["exposure"] == 1
+    assert DatasetClient(node.context, item=node.item, structure_clients=node.structure_clients).read().sizes["exposure"] == 1
 
 
 HEAVY = """

@@ -1,21 +1,20 @@
-"""The spool under real faults: with real servers, real processes and real full disks; at the end everything is counted."""
+"""The spool: its files, its writer, and delivery to a real server. What kills processes and fills disks is in faults/."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+import uuid
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from bluesky import plan_stubs as bps
@@ -25,60 +24,14 @@ from typer.testing import CliRunner
 
 from dsnet_bluesky.cli import app
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.server import Server
+from dsnet_bluesky.plans import direct_beam
 from dsnet_bluesky.spool import Deliverer, SpooledWriter, deliver, read_status
-from dsnet_bluesky.spool.files import Spool, encode, is_free, read
+from dsnet_bluesky.spool.files import Spool, encode, is_free
+from tests.faults.spooling import WAIT, Beamline, await_begun, await_true, feed, numbers, run_documents, spooled, whole
 
 NOWHERE = "http://127.0.0.1:9/api/v1/metadata/raw"
-WAIT = 120
-EVENTS = 40
-
-
-def run_documents(events=3, *, stop=True, value=float, **start):
-    """Documents of a run: a scalar, a short and a long array in each event."""
-    run = compose_run(metadata=start)
-    yield "start", run.start_doc
-    keys = {"x": {"source": "", "dtype": "number", "shape": []}, "spectrum": {"source": "", "dtype": "array", "shape": [32]}}
-    stream = run.compose_descriptor(name="primary", data_keys=keys)
-    yield "descriptor", stream.descriptor_doc
-    for number in range(events):
-        data = {"x": value(number), "spectrum": np.arange(32.0) + number}
-        yield "event", stream.compose_event(data=data, timestamps={"x": 0.0, "spectrum": 0.0})
-    if stop:
-        yield "stop", run.compose_stop()
-
-
-def feed(writer, documents):
-    """Give documents to a callback; returns the run's uid."""
-    documents = list(documents)
-    for name, doc in documents:
-        writer(name, doc)
-    return documents[0][1]["uid"]
-
-
-def spooled(path):
-    with path.open("rb") as file:
-        return [(name, doc) for name, doc, _ in read(file)]
-
-
-def numbers(run):
-    """Sequence numbers of the events that the catalog holds, each as often as it is there."""
-    return list(run.base["primary"].base["internal"].read(["seq_num"])["seq_num"])
-
-
-def whole(run, events):
-    return numbers(run) == list(range(1, events + 1)) and run.metadata["stop"]["exit_status"] == "success"
-
-
-def await_rows(raw, uid, count):
-    """Wait for rows; a read beside a write may be answered 500 (seen with DuckDB), and is tried again."""
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end:
-        with contextlib.suppress(KeyError, httpx.HTTPStatusError):
-            if len(numbers(raw[uid])) >= count:
-                return
-        time.sleep(0.1)
-    raise TimeoutError(f"Run {uid} does not appear.")
+EVENTS = 20
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 # -- files --
@@ -155,6 +108,15 @@ def test_each_run_has_its_file_and_files_sort_by_time(writer):
         assert all(doc["uid"] == sent["uid"] for (_, doc), (_, sent) in zip(spooled(path), run, strict=True))
 
 
+@pytest.mark.parametrize("time", [1e20, float("nan"), None, "now"])
+def test_a_run_without_a_usable_time_is_spooled_all_the_same(writer, time):
+    documents = list(run_documents(3))
+    documents[0][1]["time"] = time
+    feed(writer, documents)
+    (path,) = writer.spool.waiting()
+    assert len(spooled(path)) == len(documents)
+
+
 def test_a_run_engine_writes_to_it(RE, writer):
     RE.subscribe(writer)
     (uid,) = RE(bpp.run_wrapper(bps.null()))
@@ -199,65 +161,6 @@ def test_a_spool_above_its_limit_raises_an_alarm_and_drops_nothing(tmp_path):
     assert len(spooled(writer.spool.waiting()[0])) == 53
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of one MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("A full disk needs the right to mount a tmpfs.")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def fill(folder):
-    with (folder / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while True:
-            filler.write(bytes(4096))
-
-
-def await_alarm(directory, text):
-    deadline = time.monotonic() + 10
-    while text not in (alarm := read_status(directory).alarm) or bool(alarm) != bool(text):
-        assert time.monotonic() < deadline, alarm
-        time.sleep(0.05)
-
-
-def test_on_a_full_disk_documents_wait_in_memory_until_there_is_room(small_disk):
-    writer = SpooledWriter(small_disk, NOWHERE, deliver=False)
-    first, second = list(run_documents(100)), list(run_documents(100))
-    for document in first[:50]:
-        writer(*document)
-    fill(small_disk)
-    feed(writer, first[50:])
-    feed(writer, second)  # has no file yet
-    await_alarm(small_disk, "wait in memory")
-    assert first[0][1]["uid"] in read_status(small_disk).alarm
-    (small_disk / "filler").unlink()
-    await_alarm(small_disk, "")
-    writer.close()
-    for path, sent in zip(writer.spool.waiting(), (first, second), strict=True):
-        assert [doc["uid"] for _, doc in spooled(path)] == [doc["uid"] for _, doc in sent]
-
-
-def test_what_memory_cannot_hold_is_lost_and_counted(small_disk):
-    writer = SpooledWriter(small_disk, NOWHERE, deliver=False, memory=10_000)
-    documents = list(run_documents(100))
-    for document in documents[:10]:
-        writer(*document)
-    fill(small_disk)
-    feed(writer, documents[10:])
-    await_alarm(small_disk, "documents lost")
-    (small_disk / "filler").unlink()
-    writer.close()
-    kept = spooled(writer.spool.waiting()[0])
-    lost = 100 - Counter(name for name, _ in kept)["event"]
-    assert 50 < lost < 92
-    assert kept[-1][1]["exit_status"] == "fail"
-    assert f"{lost} event" in kept[-1][1]["reason"]
-    assert f"{lost} event" in read_status(small_disk).alarm
-
-
 def test_a_forked_child_does_not_keep_the_run_open(writer):
     for document in run_documents(1, stop=False):
         writer(*document)
@@ -292,33 +195,14 @@ def test_unusable_options_and_directories_are_refused(tmp_path):
 # -- delivery --
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A server for runs of this module alone."""
-    with Server(tmp_path_factory.mktemp("spooled"), timeout=200) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def raw(server):
-    return server.client()["raw"]
-
-
 @pytest.fixture
-def spool(tmp_path, raw):
-    """A spool that a process of its own delivers; empty at the end."""
-    writers = []
+def raw(served):
+    return served.client()["raw"]
 
-    def make(target=raw, **options):
-        writers.append(SpooledWriter(tmp_path / "spool", target, api_key=raw.context.api_key, **options))
-        return writers[-1]
 
-    yield make
-    for writer in writers:
-        writer.close()
-    end = time.monotonic() + WAIT
-    while read_status(tmp_path / "spool").delivering and time.monotonic() < end:
-        time.sleep(0.05)
+def delivered(directory, raw):
+    """Deliver what waits, in this process."""
+    return Deliverer(directory, api_key=raw.context.api_key).run(timeout=WAIT)
 
 
 def comparable(run):
@@ -327,53 +211,48 @@ def comparable(run):
 
 
 @pytest.fixture(scope="module")
-def beamline_documents(server, tmp_path_factory):
+def beamline_documents(served):
     """Documents of the project's own plans on the simulated beamline, by run."""
-    from bluesky import RunEngine
-    from ophyd_async.plan_stubs import ensure_connected
-
-    from dsnet_bluesky.plans import Instrument, direct_beam, expose
-    from dsnet_bluesky.sim import SaxsCamera, SimBeamline
-
-    engine, documents = RunEngine({}), []
-    camera = SaxsCamera("Pilatus100k", centre=(97.5, 243.5), hot_pixels=5, oversampling=1, seed=1)
-    line = SimBeamline(server.data_directory / "detector", camera)
-    instrument = Instrument(camera.poni, slit_width=4e-3, slit_height=2.5e-3)
-    engine.subscribe(lambda name, doc: documents.append((name, doc)))
-    engine(ensure_connected(*line.devices))
-    engine(direct_beam(line.detector, instrument=instrument, exposure_time=1.0))
-    engine(expose(line.detector, sample="AgBh", instrument=instrument, exposures=5, exposure_time=1.0))
-    engine.loop.call_soon_threadsafe(engine.loop.stop)
-    starts = [i for i, (name, _) in enumerate(documents) if name == "start"]
-    return [documents[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    line = Beamline(served.data_directory / "detector")
+    plans = direct_beam(line.detector, instrument=line.instrument, exposure_time=1.0), line.exposures(5)
+    documents = [line.documents(plan) for plan in plans]
+    line.close()
+    return documents
 
 
 @pytest.mark.system
-def test_the_catalog_holds_what_a_direct_writer_would_have_written(raw, spool, beamline_documents):
+def test_the_catalog_holds_what_a_direct_writer_would_have_written(raw, tmp_path, beamline_documents):
     from bluesky_tiled_plugins import TiledWriter
 
-    direct, through = (raw.create_container(name, metadata={}) for name in ("direct", "through"))
+    direct, through = (raw.create_container(f"{name}-{uuid.uuid4()}", metadata={}) for name in ("direct", "through"))
     runs = [*beamline_documents, list(run_documents(5))]
-    tiled, spooling = TiledWriter(direct, batch_size=1), spool(through)
+    tiled, spooling = TiledWriter(direct, batch_size=1), SpooledWriter(tmp_path, through, deliver=False)
     uids = [feed(tiled, run) for run in runs]
     for run in runs:
         feed(spooling, run)
-    assert spooling.wait(WAIT)
+    spooling.close()
+    assert delivered(tmp_path, raw)
     assert list(through) == uids, "in the order of their start"
     for uid in uids:
         assert comparable(through[uid]) == comparable(direct[uid])
+    for container in (direct, through):
+        raw.delete_contents(container.item["id"], recursive=True, external_only=False)
 
 
 @pytest.mark.system
-def test_an_open_run_is_seen_live(raw, spool):
-    writer, documents = spool(), list(run_documents(3))
+def test_an_open_run_is_seen_live(raw, tmp_path):
+    writer, documents = SpooledWriter(tmp_path, raw), list(run_documents(3))
     feed(writer, documents[:-1])
     uid = documents[0][1]["uid"]
-    await_rows(raw, uid, 3)
+    await_begun(raw, uid)
+    time.sleep(1)  # the last two rows arrive; see await_begun
+    await_true(lambda: numbers(raw[uid]) == [1, 2, 3])
     assert "stop" not in raw[uid].metadata
     writer(*documents[-1])
     assert writer.wait(WAIT)
     assert whole(raw[uid], 3)
+    writer.close()
+    await_true(lambda: not read_status(tmp_path).delivering)
 
 
 class Proxy:
@@ -412,26 +291,22 @@ class Proxy:
                     (far if end is near else near).sendall(data)
 
 
-def await_true(condition):
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "It does not happen."
-        time.sleep(0.05)
-
-
 @pytest.mark.system
-def test_a_server_that_goes_and_comes_back_has_each_run_once(server, raw, spool):
-    proxy = Proxy(server)
+def test_a_server_that_goes_and_comes_back_has_each_run_once(served, raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(deliver, "LONGEST", 0.5)
+    proxy = Proxy(served)
     proxy.mode = "cut"
-    writer = spool(proxy.uri)
-    directory = writer.spool.directory
+    writer = SpooledWriter(tmp_path, proxy.uri, deliver=False)
+    deliverer = Deliverer(tmp_path, api_key=raw.context.api_key)
+    following = threading.Thread(target=deliverer.run, kwargs={"follow": True}, daemon=True)
+    following.start()
     uids = [feed(writer, run_documents(5)) for _ in range(2)]
-    await_true(lambda: read_status(directory).attempts > 1)
+    await_true(lambda: read_status(tmp_path).attempts > 1)
     documents = list(run_documents(EVENTS))
     uids.append(documents[0][1]["uid"])
     phases = {
-        "open": lambda: await_rows(raw, uids[-1], 2),
-        "cut": lambda: await_true(lambda: read_status(directory).error),
+        "open": lambda: await_begun(raw, uids[-1]),
+        "cut": lambda: await_true(lambda: read_status(tmp_path).error),
         "deaf": lambda: await_true(lambda: proxy.lost),
     }
     step = len(documents) // 4
@@ -446,7 +321,10 @@ def test_a_server_that_goes_and_comes_back_has_each_run_once(server, raw, spool)
         writer(*document)
     assert writer.wait(WAIT)
     assert [whole(raw[uid], n) for uid, n in zip(uids, (5, 5, EVENTS), strict=True)] == [True] * 3
-    assert not read_status(directory).error
+    assert not read_status(tmp_path).error
+    writer.close()
+    following.join(WAIT)
+    assert not following.is_alive()
 
 
 @pytest.mark.system
@@ -466,60 +344,9 @@ def test_doubled_rows_are_found_and_delivered_again(raw, tmp_path, monkeypatch):
     writer = SpooledWriter(tmp_path, raw, deliver=False)
     uid = feed(writer, run_documents(5))
     writer.close()
-    assert Deliverer(tmp_path, api_key=raw.context.api_key).run(timeout=WAIT)
+    assert delivered(tmp_path, raw)
     assert not left
     assert whole(raw[uid], 5)
-
-
-@pytest.mark.system
-def test_a_killed_deliverer_is_replaced(raw, spool):
-    writer = spool()
-    documents = list(run_documents(EVENTS))
-    uid = documents[0][1]["uid"]
-    for number, document in enumerate(documents):
-        writer(*document)
-        if number in (EVENTS // 4, EVENTS // 2):
-            await_rows(raw, uid, 2)
-            writer._process.kill()  # in the middle of the run, twice
-    assert writer.wait(WAIT)
-    assert whole(raw[uid], EVENTS)
-
-
-DYING = """
-import sys, time
-sys.path.insert(0, sys.argv[3])
-from test_spool import run_documents
-from dsnet_bluesky.spool import SpooledWriter
-writer = SpooledWriter(sys.argv[1], sys.argv[2], deliver=False)
-for name, doc in run_documents(1000, stop=False):
-    writer(name, doc)
-    if name == "event" and doc["seq_num"] == 200:
-        print(doc["descriptor"], flush=True)
-        time.sleep(600)
-"""
-
-
-@pytest.mark.system
-def test_the_run_of_a_killed_process_is_delivered_and_closed(raw, tmp_path):
-    directory = tmp_path / "spool"
-    command = [sys.executable, "-c", DYING, str(directory), raw.uri, str(Path(__file__).parent)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout.readline()
-    process.kill()
-    process.wait()
-    (path,) = Spool(directory).waiting()
-    with path.open("ab") as file:
-        file.write(encode("event", {"torn": 1})[:-3])  # it died while it wrote
-    uid = path.stem.split("-", 1)[1]
-    assert Deliverer(directory, api_key=raw.context.api_key).run(timeout=WAIT)
-    stop = raw[uid].metadata["stop"]
-    assert numbers(raw[uid]) == list(range(1, 201))
-    assert stop["exit_status"] == "fail"
-    assert stop["num_events"] == {"primary": 200}
-    assert "process that took this run ended" in stop["reason"]
-    assert "bytes of its spool file could not be read" in stop["reason"]
-    assert (directory / "damaged" / path.name).exists()
-    assert read_status(directory).damaged == 1
 
 
 @pytest.mark.system
@@ -557,9 +384,10 @@ def test_deliverers_that_race_deliver_once(raw, tmp_path):
     uids = [feed(writer, run_documents(20)) for _ in range(5)]
     writer.close()
     environment = {**os.environ, "TILED_API_KEY": raw.context.api_key}
-    command = [sys.executable, "-m", "dsnet_bluesky", "spool", "flush", str(tmp_path)]
-    racing = [subprocess.Popen(command, env=environment) for _ in range(2)]
-    assert [process.wait(WAIT) for process in racing] == [0, 0]
+    other = subprocess.Popen([sys.executable, "-m", "dsnet_bluesky", "spool", "flush", str(tmp_path)], env=environment)
+    await_true(lambda: read_status(tmp_path).delivering or other.poll() is not None)
+    assert delivered(tmp_path, raw)
+    assert other.wait(WAIT) == 0
     assert all(whole(raw[uid], 20) for uid in uids)
 
 
@@ -568,49 +396,39 @@ def test_a_run_that_is_complete_already_is_left_alone(raw, tmp_path):
     writer = SpooledWriter(tmp_path, raw, deliver=False)
     documents = list(run_documents(3))
     uid = feed(writer, documents)
-    key = raw.context.api_key
     while not is_free(writer.spool.waiting()[0]):
         time.sleep(0.01)
-    assert Deliverer(tmp_path, api_key=key).run(timeout=WAIT)
+    assert delivered(tmp_path, raw)
     before = raw[uid].item["attributes"]
     feed(writer, documents)
     writer.close()
-    assert Deliverer(tmp_path, api_key=key).run(timeout=WAIT)
+    assert delivered(tmp_path, raw)
     assert raw[uid].item["attributes"] == before
 
 
-@pytest.mark.faults
 @pytest.mark.system
-def test_a_killed_server_loses_nothing(server, raw, spool):
-    """A scan goes on while the server is killed and comes back."""
-    events = 200
-    writer, documents = spool(), list(run_documents(events))
-    uid = documents[0][1]["uid"]
-    for number, document in enumerate(documents):
-        writer(*document)
-        if number == events // 2:
-            await_rows(raw, uid, 10)
-            os.kill(server.pid, signal.SIGKILL)
-    uids = [uid, feed(writer, run_documents(7))]
-    server.stop()
-    server.start()
-    assert writer.wait(WAIT)
-    assert [whole(raw[uid], n) for uid, n in zip(uids, (events, 7), strict=True)] == [True, True]
-
-
-@pytest.mark.system
-def test_files_of_detectors_are_never_touched(server, raw, tmp_path, beamline_documents):
+def test_files_of_detectors_are_never_touched(served, raw, tmp_path, beamline_documents):
     """Nor when a run is removed from the catalog and delivered again."""
-    folder = server.data_directory / "detector"
+    folder = served.data_directory / "detector"
     before = {path: path.read_bytes() for path in folder.rglob("*.h5")}
-    beam, key = beamline_documents[0], raw.context.api_key
-    seen = []
+    beam, seen = beamline_documents[0], []
     for documents in (beam[:-1], beam):  # first without its stop document
         writer = SpooledWriter(tmp_path, raw, deliver=False)
         uid = feed(writer, documents)
         writer.close()
-        assert Deliverer(tmp_path, api_key=key).run(timeout=WAIT)
+        assert delivered(tmp_path, raw)
         seen.append(raw[uid].metadata["stop"]["exit_status"])
     assert seen == ["fail", "success"]
     assert before
     assert {path: path.read_bytes() for path in folder.rglob("*.h5")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_the_benchmark_compares_every_writer_with_none(served, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    live = importlib.import_module("live")
+    section = "\n".join(live.runengine(served, tmp_path, rounds=1, exposures=2, events=5))
+    names = ("none", "TiledWriter(batch_size=1)", *(f"SpooledWriter, {how}" for how in ("server up", "server down")))
+    assert all(section.count(f"| {name} | ") == 2 for name in names)
+    assert "nan" not in section

@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import atexit
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-import httpx
+from typing import Any, Literal
 
 from dsnet_bluesky import derived
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.derived import AlreadyStored, ResultWriter
-from dsnet_bluesky.documents import Exposure, Instrument, change_within, purpose, result_key, result_metadata
+from dsnet_bluesky.documents import Exposure, purpose
 from dsnet_bluesky.frames import NotYet
-from dsnet_bluesky.pipeline import Config, PreparedExposures
+from dsnet_bluesky.pipeline import Config
 
 from .exposures import ExposureRouter, exposures_of_documents
-from .pairing import DirectBeam, DirectBeams, summed
+from .pairing import DirectBeams
+from .sample_runs import BATCH, CATALOG_AWAY, SampleRuns, Statistics
 from .worker import Deferred, Worker
 
-__all__ = ["DesmearCallback", "Statistics", "desmear_runs"]
+__all__ = ["DesmearCallback", "desmear_runs"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,48 +43,11 @@ RETRY_INTERVAL = 10.0
 EXIT_TIMEOUT = 20.0
 """Seconds for which a script that ends waits for what is still to do."""
 
-CATALOG_AWAY = (httpx.TransportError, ConnectionError)
-"""What a client raises when its server does not answer."""
+MAX_BEAM_AGE = 86_400.0
+"""Seconds after which a direct beam is not used for a sample that names none."""
 
-
-@dataclass
-class Statistics:
-    """What a `DesmearCallback` has done so far."""
-
-    runs: int = 0
-    """Sample runs finished, failed ones included."""
-
-    exposures: int = 0
-    """Exposures desmeared."""
-
-    failed: int = 0
-    """Exposures and runs that could not be desmeared."""
-
-    deferred: int = 0
-    """Runs done from the catalog, because the queue was full, the catalog did not answer, or their start was missed."""
-
-    stored_before: int = 0
-    """Runs whose result was there already."""
-
-    errors: int = 0
-    """Errors of this program, not of the input."""
-
-    abandoned: list[str] = field(default_factory=list)
-    """Runs that the catalog did not give back; do them later with `desmear_runs`."""
-
-
-@dataclass
-class _Work:
-    """A sample run in progress."""
-
-    start: Mapping[str, Any]
-    detector: tuple[str, str] | None = None
-    beam: DirectBeam | None = None
-    instrument: Instrument | None = None
-    prepared: PreparedExposures | None = None
-    writer: ResultWriter | None = None
-    done: int = 0
-    closed: bool = False
+RUN_ENGINE = "bluesky-run-engine"
+"""Name of the RunEngine's thread, which is never held up."""
 
 
 class DesmearCallback:
@@ -99,9 +60,14 @@ class DesmearCallback:
     config
         How to reduce and desmear.
     queue_size
-        Documents that may wait; further ones put their run off to its end.
+        Documents that may wait.
+    overflow
+        What becomes of further ones: "defer" puts their run off to its end, when it is done from the catalog, whose result
+        says so; "block" holds up whoever hands them in, unless that is a RunEngine, whose runs are deferred.
     max_beam_age
         A sample that names no direct beam gets none older than this, in s.
+    direct_beam
+        Uid of the direct beam that every sample gets, whatever its run names.
     data_key
         Detector to use; the first one of a run with images if not given.
     retry_interval
@@ -123,36 +89,49 @@ class DesmearCallback:
         *,
         config: Config | None = None,
         queue_size: int = 10_000,
-        max_beam_age: float = 86_400.0,
+        overflow: Literal["defer", "block"] = "defer",
+        max_beam_age: float = MAX_BEAM_AGE,
+        direct_beam: str | None = None,
         data_key: str | None = None,
         retry_interval: float = RETRY_INTERVAL,
         replace_failed: bool = False,
     ):
-        self.statistics = Statistics()
-        self._client = client
-        self._raw = client["raw"]
-        self._config = config or Config()
-        self._data_key = data_key
+        if overflow not in ("defer", "block"):
+            raise BadInput(f"overflow is {overflow!r}; give 'defer' or 'block'.")
+        self._client, self._raw = client, client["raw"]
         self._retry_interval = retry_interval
-        self._replace_failed = replace_failed
-        self._beams = DirectBeams(self._raw, self._config, max_age=max_beam_age)
+        self._overflow = overflow
+        config = config or Config()
+        beams = DirectBeams(self._raw, config, max_age=max_beam_age, by_hand=direct_beam)
+        self._runs = SampleRuns(client, config, beams, data_key=data_key, replace_failed=replace_failed)
         self._router = ExposureRouter(self._take)
-        self._work: dict[str, _Work] = {}
+        self._batch: list[Exposure] = []
         # Shared with the RunEngine's thread; each operation on them is atomic.
         self._open: dict[str, None] = {}
-        self._put_off: dict[str, None] = {}
+        self._put_off: dict[str, str] = {}
         self._ended: deque[str] = deque()
         self._later: dict[tuple[str, str], Deferred] = {}
         self._worker = Worker(self._handle, self._catch_up, self._settled, size=queue_size, name="desmear")
         atexit.register(self._at_exit)
 
+    @property
+    def statistics(self) -> Statistics:
+        """What was done so far."""
+        return self._runs.statistics
+
+    @property
+    def pending(self) -> int:
+        """Documents that wait."""
+        return self._worker.pending
+
     def __call__(self, name: str, doc: Mapping[str, Any]) -> None:
-        """Take a document: put it into the queue and return. Never raises, never waits."""
+        """Take a document: put it into the queue and return. Never raises, never holds a RunEngine up."""
         if name == "start":
             self._open[doc["uid"]] = None
-        if not self._worker.offer((name, doc)):
+        block = self._overflow == "block" and threading.current_thread().name != RUN_ENGINE
+        if not self._worker.offer((name, doc), block=block):
             # Which run a document belongs to is not always written in it: put off all that are open.
-            self._put_off.update(self._open)
+            self._put_off.update(dict.fromkeys(self._open, f"The queue of documents was full (overflow: {self._overflow})."))
         if name == "stop":
             self._open.pop(doc["run_start"], None)
             if doc["run_start"] in self._put_off:
@@ -193,7 +172,7 @@ class DesmearCallback:
 
     def _unfinished(self) -> list[str]:
         """Runs whose work is not done, each once."""
-        return list(dict.fromkeys([*self._ended, *(uid for _, uid in list(self._later)), *list(self._work)]))
+        return list(dict.fromkeys([*self._ended, *(uid for _, uid in list(self._later)), *self._runs.open]))
 
     # -- on the worker's thread --
 
@@ -205,140 +184,51 @@ class DesmearCallback:
             # This document's run began before we listened, or its start was put off.
             logger.debug("A %s document of an unknown run; its run is done from the catalog.", name)
             if name == "stop":
-                self._put_off[doc["run_start"]] = None
+                self._put_off[doc["run_start"]] = "The run began before anybody listened."
                 self._later.setdefault(("run", doc["run_start"]), Deferred())
             return
+        # One exposure at once while nothing waits, many together when behind.
+        if name == "stop" or self._worker.pending <= 1:
+            self._do_batch()
         if name == "stop":
+            if self._runs.missing(doc):
+                self._put_off.setdefault(doc["run_start"], "Documents were missing.")
             self._stop(doc["run_start"])
+
+    def _take(self, exposure: Exposure) -> None:
+        """Put an exposure of a live run to those that are done together."""
+        if self._batch and (self._batch[0].run_uid != exposure.run_uid or len(self._batch) >= BATCH):
+            self._do_batch()
+        self._batch.append(exposure)
+
+    def _do_batch(self) -> None:
+        exposures, self._batch = self._batch, []
+        if not exposures or exposures[0].run_uid in self._put_off:
+            return
+        run_uid = exposures[0].run_uid
+        try:
+            self._runs.add(exposures, patient=True)
+        except (NotYet, *CATALOG_AWAY) as error:
+            self._put_run_off(run_uid, error)
+        except Exception as error:
+            logger.exception("Run %s is put off by an error that nothing was prepared for.", run_uid)
+            self.statistics.errors += 1
+            self._put_off[run_uid] = f"{type(error).__name__}: {error}"
 
     def _stop(self, run_uid: str) -> None:
         try:
             if run_uid not in self._put_off:
-                self._finish(run_uid)
+                self._runs.finish(run_uid)
+                self._later[("served", run_uid)] = Deferred()
         except CATALOG_AWAY as error:
-            logger.warning("The catalog does not answer (%s); run %s is put off.", error, run_uid)
-            self._put_off[run_uid] = None
+            self._put_run_off(run_uid, error)
         if run_uid in self._put_off:
             self._later.setdefault(("run", run_uid), Deferred())
 
-    def _take(self, exposure: Exposure) -> None:
-        """Handle an exposure of a live run."""
-        if exposure.run_uid in self._put_off:
-            return
-        try:
-            self._process(exposure, patient=True)
-        except (NotYet, *CATALOG_AWAY) as error:
-            what = "A file is not there yet" if isinstance(error, NotYet) else "The catalog does not answer"
-            logger.warning("%s (%s); run %s is put off.", what, error, exposure.run_uid)
-            self._put_off[exposure.run_uid] = None
-
-    def _process(self, exposure: Exposure, *, patient: bool) -> None:
-        """Do with an exposure what its run is for; if `patient`, a file that is not there yet raises NotYet."""
-        if self._data_key not in (None, exposure.data_key):
-            return
-        what = purpose(exposure.start)
-        if what == "direct_beam":
-            self._beams.add(exposure)
-        elif what == "sample":
-            work = self._work.setdefault(exposure.run_uid, _Work(exposure.start))
-            work.detector = work.detector or (exposure.stream, exposure.data_key)
-            if work.detector == (exposure.stream, exposure.data_key) and exposure.index >= work.done and not work.closed:
-                self._desmear(work, exposure, patient=patient)
-
-    def _desmear(self, work: _Work, exposure: Exposure, *, patient: bool) -> None:
-        """Desmear one exposure and store it, or store why not."""
-        try:
-            self._append(work, exposure)
-        except AlreadyStored:
-            self.statistics.stored_before += 1
-            work.closed = True
-        except CATALOG_AWAY:
-            raise
-        except BadInput as error:
-            if patient and isinstance(error, NotYet):
-                raise
-            self._record_failure(work, str(error))
-        except Exception as error:
-            logger.exception("Desmearing exposure %d of run %s failed.", exposure.index, exposure.run_uid)
-            self.statistics.errors += 1
-            self._record_failure(work, f"Internal error, please report it: {type(error).__name__}: {error}")
-
-    def _append(self, work: _Work, exposure: Exposure) -> None:
-        state = exposure.instrument
-        if state is None:
-            raise BadInput(exposure.problem or "The exposure has no geometry.")
-        if work.prepared is None:
-            work.instrument = state
-            work.beam = self._beams.find(exposure)
-            work.prepared = self._beams.prepared(work.beam, state)
-        assert work.instrument is not None
-        changed = change_within(work.instrument, state)
-        if changed:
-            raise BadInput(f"The instrument was changed within the run ({changed}); expose it in a run of its own.")
-        writer = self._writer(work)
-        number = (exposure.frames.stop or 1) - exposure.frames.start
-        result = work.prepared(
-            summed(exposure), time=state.exposure_time * number, monitor=state.monitor, transmission=state.transmission
-        )
-        writer.append(result)
-        work.done += 1
-        self.statistics.exposures += 1
-
-    def _record_failure(self, work: _Work, reason: str) -> None:
-        """Store why an exposure failed: as a row where the run has an operator, else as the whole result."""
-        self.statistics.failed += 1
-        try:
-            writer = self._writer(work)
-            if work.prepared is None:
-                writer.fail(reason)
-                work.closed = True
-            else:
-                writer.append_failure(reason)
-                work.done += 1
-        except AlreadyStored:
-            work.closed = True
-
-    def _writer(self, work: _Work) -> ResultWriter:
-        """Return the writer of a run's result; the first call creates the node."""
-        if work.writer is None:
-            work.writer = self._create(work)
-        return work.writer
-
-    def _create(self, work: _Work) -> ResultWriter:
-        prepared = work.prepared
-        beam_uid = work.beam.run_uid if work.beam else work.start.get("direct_beam_uid")
-        model = {
-            "model_name": prepared.model_name if prepared else "",
-            "model_version": prepared.model_version if prepared else "",
-            "model_sha256": prepared.model_sha256 if prepared else "",
-        }
-        config = self._beams.config_for(work.instrument) if work.instrument else self._config
-        metadata = result_metadata(
-            work.start,
-            direct_beam_uid=beam_uid,
-            config=config.to_dict(),
-            config_sha256=config.sha256,
-            method=config.method_name,
-            **model,
-        )
-        return ResultWriter.create(
-            self._client,
-            result_key(work.start["uid"], beam_uid, config.sha256, model["model_sha256"]),
-            metadata,
-            access_tags=work.start.get("tiled_access_tags"),
-            replace_failed=self._replace_failed,
-        )
-
-    def _finish(self, run_uid: str) -> None:
-        """Complete the result of a run that has stopped; what is served of the run is registered when it is quiet."""
-        self._later[("served", run_uid)] = Deferred()
-        work = self._work.get(run_uid)
-        if work is None:
-            return
-        if work.writer is not None and not work.closed:
-            work.writer.complete()
-        self.statistics.runs += 1
-        del self._work[run_uid]
+    def _put_run_off(self, run_uid: str, error: Exception) -> None:
+        what = "A file was not there yet" if isinstance(error, NotYet) else "The catalog did not answer"
+        logger.warning("%s (%s); run %s is put off.", what, error, run_uid)
+        self._put_off[run_uid] = f"{what}."
 
     # -- when the queue is empty: what was put off --
 
@@ -347,6 +237,7 @@ class DesmearCallback:
         while self._ended:
             self._later.setdefault(("run", self._ended[0]), Deferred())
             self._ended.popleft()  # last, so that `_settled` never misses it
+        self._runs.keep_claims()
         for (what, run_uid), deferred in list(self._later.items()):
             if not deferred.due:
                 continue
@@ -370,6 +261,8 @@ class DesmearCallback:
                 return False
             logger.warning("Run %s: %s", run_uid, error)
         except Exception:
+            if patient:
+                return False
             logger.exception("Run %s could not be handled.", run_uid)
             self.statistics.errors += 1
             self._give_up(run_uid)
@@ -382,10 +275,8 @@ class DesmearCallback:
 
     def _drop(self, run_uid: str) -> None:
         """Forget a run and leave its result to whoever begins it again."""
-        work = self._work.pop(run_uid, None)
         self._put_off.pop(run_uid, None)
-        if work is not None and work.writer is not None:
-            work.writer.abandon()
+        self._runs.drop(run_uid)
 
     def _register(self, run_uid: str) -> bool:
         run = self._raw[run_uid]
@@ -400,15 +291,23 @@ class DesmearCallback:
         run = self._raw[run_uid]
         if run.metadata.get("stop") is None:
             return False
-        for exposure in exposures_of_documents(run.documents()):
-            self._process(exposure, patient=patient)
-        self._finish(run_uid)
+        reason = self._put_off.get(run_uid)
+        self._runs.add(exposures_of_documents(run.documents()), patient=patient, deferred=reason)
+        self._runs.finish(run_uid)
+        self._later[("served", run_uid)] = Deferred()
         self._put_off.pop(run_uid, None)
         self.statistics.deferred += 1
         return True
 
 
-def desmear_runs(client: Any, uids: Iterable[str], *, config: Config | None = None, retry_interval: float = 1.0) -> Statistics:
+def desmear_runs(
+    client: Any,
+    uids: Iterable[str],
+    *,
+    config: Config | None = None,
+    direct_beam: str | None = None,
+    retry_interval: float = 1.0,
+) -> Statistics:
     """Desmear runs of the catalog as if they were taken now, and wait until they are stored.
 
     Results that failed, or that were abandoned, are begun again; complete ones stay.
@@ -421,6 +320,8 @@ def desmear_runs(client: Any, uids: Iterable[str], *, config: Config | None = No
         Runs of ``/raw``.
     config
         How to reduce and desmear.
+    direct_beam
+        Uid of the direct beam to use, whatever the runs name. That makes a result of its own; those with others stay.
     retry_interval
         As for `DesmearCallback`; shorter, because files and runs are not on their way any more.
 
@@ -429,12 +330,14 @@ def desmear_runs(client: Any, uids: Iterable[str], *, config: Config | None = No
     Statistics
         What was done; failures are results that say why.
     """
-    callback = DesmearCallback(client, config=config, retry_interval=retry_interval, replace_failed=True)
+    callback = DesmearCallback(
+        client, config=config, direct_beam=direct_beam, retry_interval=retry_interval, replace_failed=True, overflow="block"
+    )
     try:
         for uid in uids:
             for name, doc in client["raw"][uid].documents():
                 callback(name, doc)
-            callback.wait()  # one run at a time: the queue is bounded, and archived documents come fast
+            callback.wait()  # one run at a time: what was put off is tried before the next
     finally:
         callback.close()
     return callback.statistics

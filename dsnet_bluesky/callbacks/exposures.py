@@ -17,7 +17,7 @@ from bluesky_tiled_plugins.writing.tiled_writer import RunNormalizer
 from event_model import DocumentRouter, RunRouter
 
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.documents import Exposure, Instrument
+from dsnet_bluesky.documents import Exposure, Instrument, frames_per_exposure, is_image
 from dsnet_bluesky.frames import FrameReference
 
 __all__ = ["ExposureRouter", "exposures_of_documents"]
@@ -139,11 +139,13 @@ class _Run(DocumentRouter):
     def stream_datum(self, doc: Any) -> None:
         file, descriptor = self._files[doc["stream_resource"]], self._descriptors[doc["descriptor"]]
         data_key = file.document["data_key"]
-        if not _is_image(descriptor["data_keys"][data_key]):
+        if not is_image(descriptor["data_keys"][data_key].get("shape") or ()):
             return
         if file.first < 0:
-            # A later file of a run goes on counting where the one before it ended; its own frames start at 0.
-            file.first = doc["indices"]["start"]
+            # A later file of a run goes on counting where the one before it ended; its own frames start at 0. A sequence
+            # of files is numbered as its indices are, which need not begin at 0.
+            begins = file.document["parameters"].get("template") and not self._count.get((descriptor["name"], data_key))
+            file.first = 0 if begins else doc["indices"]["start"]
         instrument, unknown = _instrument(descriptor)
         for index in range(doc["indices"]["start"], doc["indices"]["stop"]):
             number = self._count.get((descriptor["name"], data_key), 0)
@@ -162,12 +164,6 @@ class _Run(DocumentRouter):
                     problem=unknown or unreadable,
                 )
             )
-
-
-def _is_image(data_key: Mapping[str, Any]) -> bool:
-    """Whether a data key holds images: its last two lengths exceed 1."""
-    shape = data_key.get("shape") or ()
-    return len(shape) >= 2 and all(length is None or length > 1 for length in shape[-2:])
 
 
 def _instrument(descriptor: Mapping[str, Any]) -> tuple[Instrument | None, str | None]:
@@ -190,7 +186,7 @@ def _frames(resource: dict[str, Any], descriptor: dict[str, Any], position: int)
 
 def _located(resource: dict[str, Any], descriptor: dict[str, Any], position: int) -> tuple[FrameReference, str | None]:
     shape, parameters = descriptor["data_keys"][resource["data_key"]]["shape"], resource["parameters"]
-    number = max(int(shape[-3]) if len(shape) > 2 else 1, int(parameters.get("multiplier") or 1))
+    number = frames_per_exposure(shape, parameters)
     if not parameters.get("template"):
         return FrameReference(resource["uri"], resource["mimetype"], parameters, position * number, (position + 1) * number), None
     layout = cast(MultipartRelatedConsolidator, consolidator_factory(resource, descriptor))

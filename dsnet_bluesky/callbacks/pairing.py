@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +15,24 @@ from tiled.queries import Key
 
 from dsnet_bluesky import frames
 from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.derived import lookup
 from dsnet_bluesky.documents import Exposure, Instrument, mismatch
 from dsnet_bluesky.pipeline import Config, PreparedExposures, prepare_exposures
 from dsnet_bluesky.reduction import load_mask, sum_frames
 
 from .exposures import exposures_of_documents
 
-__all__ = ["DirectBeam", "DirectBeams", "summed"]
+__all__ = ["DirectBeam", "DirectBeams", "NoDirectBeam", "Pairing", "summed"]
 
 PREPARED = 4
 """Operators kept at hand; `pipeline` keeps more, but must read the frames to find them."""
 
 LOOK_BACK = 20
 """Direct beams of the catalog that are tried, newest first, for a sample that names none."""
+
+
+class NoDirectBeam(BadInput):
+    """No direct beam fits a sample, or not yet: one may still be exposed, or be on its way into the catalog."""
 
 
 @dataclass
@@ -55,6 +62,32 @@ class DirectBeam:
         return np.concatenate([summed(exposure) for exposure in self.exposures]) if self.exposures else np.empty(0)
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """The direct beam of a sample, and why it is that one.
+
+    Attributes
+    ----------
+    beam
+        The direct beam.
+    how
+        ``by hand``, ``named`` by the sample's start document, or ``nearest`` before the sample.
+    reason
+        For a user.
+    age
+        Seconds from the start of the direct beam's run to that of the sample; negative if it was exposed later.
+    """
+
+    beam: DirectBeam
+    how: str
+    reason: str
+    age: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is recorded with a result."""
+        return {"how": self.how, "reason": self.reason, "age": self.age}
+
+
 def summed(exposure: Exposure) -> NDArray:
     """Read an exposure as one frame, shape (1, y, x); a pixel that fails in one of its frames is -1 in the sum.
 
@@ -81,12 +114,15 @@ class DirectBeams:
         How to reduce and desmear.
     max_age
         A sample that names no direct beam gets none older than this, in s.
+    by_hand
+        Uid of the direct beam that every sample gets, whatever its run names.
     """
 
-    def __init__(self, raw, config: Config, *, max_age: float):
-        self._raw, self._config, self._max_age = raw, config, max_age
+    def __init__(self, raw: Any, config: Config, *, max_age: float, by_hand: str | None = None):
+        self._raw, self._config, self._max_age, self._by_hand = raw, config, max_age, by_hand
         self._seen: OrderedDict[str, DirectBeam] = OrderedDict()
         self._prepared: OrderedDict[tuple, PreparedExposures] = OrderedDict()
+        self._listed: list[tuple[float, str]] | None = None
 
     def add(self, exposure: Exposure) -> None:
         """Note an exposure of the direct beam."""
@@ -94,18 +130,27 @@ class DirectBeams:
         if exposure.index >= len(beam.exposures):
             beam.exposures.append(exposure)
 
-    def find(self, sample: Exposure) -> DirectBeam:
+    def find(self, sample: Exposure) -> Pairing:
         """Find the direct beam of a sample exposure: the one its run names, else the nearest earlier one that fits.
 
         Raises
         ------
-        BadInput
+        NoDirectBeam
             If there is none; the message says why.
+        BadInput
+            If the sample's run recorded no geometry.
         """
         if sample.instrument is None:
             raise BadInput(sample.problem or "The run recorded no geometry.")
-        uid = sample.start.get("direct_beam_uid")
-        return self._named(uid, sample.instrument) if uid else self._nearest(sample, sample.instrument)
+        if uid := self._by_hand:
+            beam, how, reason = self._named(uid, sample.instrument), "by hand", "chosen by a user"
+        elif uid := sample.start.get("direct_beam_uid"):
+            beam, how, reason = self._named(uid, sample.instrument), "named", "named by the start document"
+        else:
+            beam, passed = self._nearest(sample, sample.instrument)
+            how, reason = "nearest", "the nearest before the sample with the same detector, wavelength, distance and slits"
+            reason += f"; {passed} nearer ones do not fit" if passed else ""
+        return Pairing(beam, how, reason, sample.time - beam.time)
 
     def config_for(self, sample: Instrument) -> Config:
         """Return the configuration that is used for an instrument, whose wavelength spread counts where none is given."""
@@ -142,15 +187,16 @@ class DirectBeams:
     def _named(self, uid: str, sample: Instrument) -> DirectBeam:
         beam = self._seen.get(uid) or self._fetch(uid)
         if beam is None:
-            raise BadInput(f"The run names the direct beam {uid}, which the catalog does not hold.")
+            raise NoDirectBeam(f"The direct beam {uid} is named for this run, but the catalog does not hold it.")
         if not beam.exposures:
-            raise BadInput(f"The run names the direct beam {uid}, which holds no exposure.")
+            raise NoDirectBeam(f"The direct beam {uid} is named for this run, but it holds no exposure.")
         reason = mismatch(sample, beam.instrument)
         if reason:
-            raise BadInput(f"The direct beam {uid} does not belong to this sample: {reason}.")
+            raise NoDirectBeam(f"The direct beam {uid} does not belong to this sample: {reason}.")
         return beam
 
-    def _nearest(self, sample: Exposure, instrument: Instrument) -> DirectBeam:
+    def _nearest(self, sample: Exposure, instrument: Instrument) -> tuple[DirectBeam, int]:
+        """Return the nearest direct beam that fits, and how many nearer ones do not."""
         reasons = []
         for beam in self._candidates(sample.time):
             try:
@@ -158,14 +204,15 @@ class DirectBeams:
             except BadInput as error:
                 reason = str(error)
             if reason is None:
-                return beam
+                return beam, len(reasons)
             reasons.append(f"{beam.run_uid[:8]}: {reason}")
         if not reasons:
-            raise BadInput(
-                "No direct beam was exposed before this sample. Run plans.direct_beam with the same slits and distance first, "
-                "or name one in the start document (direct_beam_uid)."
+            raise NoDirectBeam(
+                f"No direct beam was exposed in the {self._max_age / 3600:.3g} hours before this sample. Run plans.direct_beam "
+                "with the same slits and distance first, or name one in the start document (direct_beam_uid); for a run that is "
+                "taken: dsnet-bluesky pair UID --direct-beam UID."
             )
-        raise BadInput(
+        raise NoDirectBeam(
             f"No direct beam fits this sample ({'; '.join(reasons[:3])}). Expose one with the same slits and distance."
         )
 
@@ -175,19 +222,44 @@ class DirectBeams:
         def fits(beam: DirectBeam) -> bool:
             return bool(beam.exposures) and 0 <= time - beam.time <= self._max_age
 
-        seen = sorted((beam for beam in self._seen.values() if fits(beam)), key=lambda beam: beam.time, reverse=True)
-        yield from seen
-        runs = self._raw.search(Key("purpose") == "direct_beam").search(Key("time") <= time).sort(("time", -1))
-        for uid in runs.keys().head(LOOK_BACK):
-            beam = None if uid in self._seen else self._fetch(uid)
+        stored = self._stored(time)
+        # One that was seen may still be on its way into the catalog; one of the catalog may be nearer than all that were seen.
+        seen = [(beam.time, beam.run_uid) for beam in self._seen.values()]
+        for _, uid in sorted({*stored, *seen}, reverse=True):
+            beam = self._seen.get(uid) or self._fetch(uid)
             if beam is not None and fits(beam):
                 yield beam
 
+    def _stored(self, time: float) -> list[tuple[float, str]]:
+        """Return times and uids of the catalog's direct beams before `time`, the newest `LOOK_BACK`."""
+        if self._listed is not None:
+            return sorted((beam for beam in self._listed if beam[0] <= time), reverse=True)[:LOOK_BACK]
+        runs = self._beams_of_catalog().search(Key("time") <= time).sort(("start.time", -1))
+        return [(run.metadata["start"]["time"], uid) for uid, run in runs.items().head(LOOK_BACK)]
+
+    def _beams_of_catalog(self) -> Any:
+        return self._raw.search(Key("purpose") == "direct_beam")
+
+    @contextmanager
+    def listed(self, first: float, last: float) -> Iterator[None]:
+        """List the catalog's direct beams once, for all samples from one time to another, and not again for each.
+
+        Parameters
+        ----------
+        first, last
+            Seconds since 1970. Direct beams that come into the catalog meanwhile are not seen.
+        """
+        runs = self._beams_of_catalog().search(Key("time") <= last).search(Key("time") >= first - self._max_age)
+        self._listed = [(run.metadata["start"]["time"], uid) for uid, run in runs.items()]
+        try:
+            yield
+        finally:
+            self._listed = None
+
     def _fetch(self, uid: str) -> DirectBeam | None:
         """Read a direct beam from the catalog."""
-        try:
-            run = self._raw[uid]
-        except KeyError:
+        run = lookup(self._raw, uid)
+        if run is None:
             return None
         exposures = exposures_of_documents(run.documents())
         for exposure in exposures:

@@ -50,15 +50,17 @@ class Worker:
         """Items that are not handled yet."""
         return self._queue.unfinished_tasks
 
-    def offer(self, item: Any) -> bool:
-        """Put an item into the queue without waiting; False where it is full or the worker closed."""
-        if self._closing.is_set():
-            return False
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
-            return False
-        return True
+    def offer(self, item: Any, *, block: bool = False) -> bool:
+        """Put an item into the queue; False where it is full, unless told to wait, or the worker closed."""
+        while not self._closing.is_set():
+            try:
+                self._queue.put(item, block=block, timeout=self.period)
+            except queue.Full:
+                if not block:
+                    return False
+            else:
+                return True
+        return False
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until every item is handled and all is settled; False when the time is over."""
@@ -115,7 +117,7 @@ class Deferred:
     def again(self, longest: float) -> int:
         """Note a failed attempt and wait longer than the last time; returns the number of attempts."""
         self.attempts += 1
-        self.not_before = time.monotonic() + min(0.1 * 3**self.attempts, longest)
+        self.not_before = time.monotonic() + min(0.1 * 3 ** min(self.attempts, 16), longest)  # the power must stay a number
         return self.attempts
 
     @property

@@ -7,7 +7,27 @@ results, each written once, exposure by exposure, by a `ResultWriter`.
 A derived node carries the access tags of its raw run.
 """
 
+from dsnet_bluesky.derived.catalog import access_tags_of, lookup, mount
+from dsnet_bluesky.derived.raw import RawFrames, raw_frames
 from dsnet_bluesky.derived.registration import register, register_all, register_curves, register_psf
-from dsnet_bluesky.derived.results import AlreadyStored, ResultWriter
+from dsnet_bluesky.derived.results import AlreadyStored, LostClaim, NoRawRun, ResultWriter, is_abandoned
+from dsnet_bluesky.derived.together import Finished, store_together
 
-__all__ = ["AlreadyStored", "ResultWriter", "register", "register_all", "register_curves", "register_psf"]
+__all__ = [
+    "AlreadyStored",
+    "Finished",
+    "LostClaim",
+    "NoRawRun",
+    "RawFrames",
+    "ResultWriter",
+    "access_tags_of",
+    "is_abandoned",
+    "lookup",
+    "mount",
+    "raw_frames",
+    "register",
+    "register_all",
+    "register_curves",
+    "register_psf",
+    "store_together",
+]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tiled.client.utils import ClientError
 from tiled.queries import Key
 from tiled.structures.core import Spec, StructureFamily
@@ -18,6 +16,7 @@ import dsnet_bluesky.derived.fabio  # noqa: F401 - teaches TiledWriter a MIME ty
 from dsnet_bluesky.adapters import CURVE_MIMETYPE, MASK, PSF_MIMETYPE
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.derived.catalog import CONFLICT, access_tags_of, mount
+from dsnet_bluesky.derived.raw import RawFrames, raw_frames
 from dsnet_bluesky.documents import Instrument, purpose
 from dsnet_bluesky.frames import FrameReference, count, path_of
 
@@ -61,7 +60,7 @@ def register_curves(client: Any, run: Any, *, instrument: Instrument | None = No
     BadInput
         If the run holds no frames or no geometry, or the server cannot read its files.
     """
-    return _register(client, run, _raw_frames(run, instrument), ["curves"])["curves"]
+    return _register(client, run, raw_frames(run, instrument), ["curves"])["curves"]
 
 
 def register_psf(client: Any, run: Any, *, instrument: Instrument | None = None) -> Any:
@@ -75,7 +74,7 @@ def register_psf(client: Any, run: Any, *, instrument: Instrument | None = None)
     what = purpose(run.metadata["start"])
     if what != "direct_beam":
         raise BadInput(f"Run {run.item['id']} has the purpose {what!r}; a PSF is measured in runs of purpose 'direct_beam'.")
-    return _register(client, run, _raw_frames(run, instrument), ["psfs"])["psfs"]
+    return _register(client, run, raw_frames(run, instrument), ["psfs"])["psfs"]
 
 
 def register(client: Any, run: Any, *, instrument: Instrument | None = None) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def register(client: Any, run: Any, *, instrument: Instrument | None = None) -> 
         The nodes, by mount: curves and psfs.
     """
     beam = purpose(run.metadata["start"]) == "direct_beam"
-    return _register(client, run, _raw_frames(run, instrument), ["curves", "psfs"] if beam else ["curves"])
+    return _register(client, run, raw_frames(run, instrument), ["curves", "psfs"] if beam else ["curves"])
 
 
 def register_all(client: Any) -> dict[str, int]:
@@ -121,56 +120,7 @@ def register_all(client: Any) -> dict[str, int]:
     return counts
 
 
-@dataclass(frozen=True)
-class _RawFrames:
-    """The frames of a run: their node, where they are, and the state of the instrument."""
-
-    node: Any
-    source: DataSource
-    instrument: Instrument
-
-    @property
-    def per_exposure(self) -> int:
-        """Frames of an event; they are summed."""
-        return int(np.prod(self.node.shape[1:-2]))
-
-
-def _raw_frames(run: Any, instrument: Instrument | None) -> _RawFrames:
-    container = run.base.new_variation(include_data_sources=True)
-    for name, stream in _streams(container):
-        for key, described in stream.metadata.get("data_keys", {}).items():
-            if "external" in described and _is_image(described.get("shape") or ()):
-                try:
-                    node = container[name, key]
-                except KeyError:
-                    continue  # the stream has begun, but no frame has come yet
-                return _RawFrames(node, node.data_sources()[0], instrument or _instrument(stream.metadata))
-    raise BadInput(f"Run {run.item['id']} holds no frames: no stream with an image that was written to a file.")
-
-
-def _streams(container: Any) -> Iterator[tuple[str, Any]]:
-    """Go through a run's streams, beginning with `primary`, which mostly is the one that is wanted."""
-    with contextlib.suppress(KeyError):
-        yield "primary", container["primary"]
-    for name in container:
-        if name != "primary":
-            yield name, container[name]
-
-
-def _is_image(shape: Sequence[int]) -> bool:
-    return len(shape) >= 2 and shape[-1] > 1 and shape[-2] > 1
-
-
-def _instrument(stream: Mapping[str, Any]) -> Instrument:
-    """Read the state of the instrument from a stream's metadata, which holds later descriptors as updates."""
-    first = Instrument.from_configuration(stream["configuration"])
-    for update in stream.get("_config_updates", []):
-        if Instrument.from_configuration({**stream["configuration"], **update.get("configuration", {})}) != first:
-            raise BadInput("The instrument was changed within the run; curves are shown of runs with one state only.")
-    return first
-
-
-def _register(client: Any, run: Any, frames: _RawFrames, kinds: Sequence[str]) -> dict[str, Any]:
+def _register(client: Any, run: Any, frames: RawFrames, kinds: Sequence[str]) -> dict[str, Any]:
     mounts = {kind: mount(client, kind) for kind in kinds}
     nodes = {kind: _existing(mounts[kind], run.item["id"], len(frames.source.assets)) for kind in kinds}
     if None in nodes.values():
@@ -191,7 +141,7 @@ def _existing(parent: Any, uid: str, files: int) -> Any | None:
     return None
 
 
-def _create(parent: Any, run: Any, frames: _RawFrames, kind: _Kind) -> Any:
+def _create(parent: Any, run: Any, frames: RawFrames, kind: _Kind) -> Any:
     uid, start = run.item["id"], run.metadata["start"]
     attrs = {key: start[key] for key in ("sample", "purpose", "scan_id") if key in start}
     try:
@@ -213,7 +163,7 @@ def _create(parent: Any, run: Any, frames: _RawFrames, kind: _Kind) -> Any:
     return node
 
 
-def _data_source(frames: _RawFrames, mimetype: str) -> DataSource:
+def _data_source(frames: RawFrames, mimetype: str) -> DataSource:
     raw, mask = frames.source, frames.instrument.mask
     assets = [Asset(asset.data_uri, False, "data_uris", num=number) for number, asset in enumerate(raw.assets)]
     if mask:
@@ -232,7 +182,7 @@ def _data_source(frames: _RawFrames, mimetype: str) -> DataSource:
     )
 
 
-def _check_readable(frames: _RawFrames) -> None:
+def _check_readable(frames: RawFrames) -> None:
     """Read one pixel through the server: what it may not read now would be an internal server error later."""
     uri = frames.source.assets[0].data_uri
     if path_of(uri).exists():  # on this machine too, where errors can say more

@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
 import time
+import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from tiled.client.utils import ClientError
+from tiled.client.utils import ClientError, handle_error, retry_context
 from tiled.structures.array import ArrayStructure
 from tiled.structures.core import Spec, StructureFamily
-from tiled.structures.data_source import DataSource
+from tiled.structures.data_source import DataSource, Management
 
-from dsnet_bluesky.data import WORDS, BadInput, concat_exposures, exposures_of, failed_exposure
-from dsnet_bluesky.derived.catalog import CONFLICT, access_tags_of, mount
+from dsnet_bluesky.adapters import RESULT_MIMETYPE
+from dsnet_bluesky.data import BadInput, concat_exposures, exposures_of, failed_exposure
+from dsnet_bluesky.derived.catalog import CONFLICT, NOT_FOUND, access_tags_of, lookup, mount
+from dsnet_bluesky.rows import COLUMNS, GRID, ROWS, Column, columns_of, grid_of, pack
 
-__all__ = ["LEASE", "AlreadyStored", "ResultWriter"]
+__all__ = [
+    "LEASE",
+    "RESULT_SPECS",
+    "AlreadyStored",
+    "Lent",
+    "LostClaim",
+    "NoRawRun",
+    "ResultWriter",
+    "begun",
+    "is_abandoned",
+    "quality",
+    "source_of_result",
+    "with_attrs",
+]
 
-LEASE = 6 * 3600.0
-"""Seconds after which a result that another machine began, and has not touched since, counts as abandoned."""
+LEASE = 120.0
+"""Seconds after which a result that another machine writes, and has not touched since we first looked, counts as abandoned.
+
+By this machine's monotonic clock: that of another machine may be wrong, and any clock may jump.
+"""
+
+CLAIM_INTERVAL = LEASE / 4
+"""Seconds after which a writer touches its result, though it has nothing to add."""
+
+UNSUPPORTED = 415
+"""Status of the answer when the server has no adapter for a MIME type."""
 
 RESULT_SPECS = [Spec("dsnet_desmeared", version="1"), Spec("xarray_dataset")]
 """Tiled takes the first spec that a client knows: ours, where this package is installed."""
@@ -46,29 +72,39 @@ class AlreadyStored(Exception):
         super().__init__(f"The result {key} exists already (status {status}).")
 
 
+class NoRawRun(ConnectionError):
+    """The raw run of a result is not in the catalog, or not yet."""
+
+
+class LostClaim(Exception):
+    """Another process has taken over the result that this one was writing, because it seemed abandoned, or removed it."""
+
+
 class ResultWriter:
     """One result under ``/desmeared``, filled exposure by exposure; make it with `create`.
 
-    A result is a container of arrays that reads as a Dataset with dims (exposure, q),
-    also with a plain Tiled client (there words, `status` and `answer`, are numbers, explained by the
-    variable's attributes). Which variables it has, the first exposure settles. Its metadata say `status` (running, complete or
+    A result reads as a Dataset with dims (exposure, q), also with a plain Tiled client (there words, `status` and
+    `answer`, are numbers, explained by the variable's attributes). Which variables it has, the first exposure settles.
+    Its exposures are rows of one array (`dsnet_bluesky.rows`), so that any number of them is stored with one request, and
+    the server makes variables of them (`adapters.ResultAdapter`). Its metadata say `status` (running, complete or
     failed), `reason`, the number of `exposures` and which of them failed (`failures`).
-    A result that failed as a whole holds no arrays: it reads as an empty Dataset
+    A result that failed as a whole holds no rows: it reads as an empty Dataset
     whose attributes hold `status` and `reason`. Nothing is changed after `complete`
     or `fail`.
-
-    While it runs, arrays grow one after the other: the client of `queries` reads the
-    exposures that all of them hold.
     """
 
-    def __init__(self, node: Any, access_tags: list[str] | None):
+    def __init__(self, node: Any, access_tags: list[str] | None, claim: _Claim):
         self.node = node
         self.exposures = 0
+        self._claim: _Claim | None = claim
+        self._touched = time.monotonic()
         self._access_tags = access_tags
-        self._arrays: dict[str, Any] = {}
+        self._rows: Any = None
+        self._columns: list[Column] = []
         self._first: xr.Dataset | None = None
         self._attrs: dict[str, Any] = dict(node.metadata["attrs"])
         self._failures: list[dict[str, Any]] = []
+        self._chi2: list[float] = []
         self._pending: list[str] = []
 
     @classmethod
@@ -78,14 +114,13 @@ class ResultWriter:
         key: str,
         metadata: Mapping[str, Any],
         *,
-        access_tags: Sequence[str] | None = None,
+        patience: float = 0.0,
         replace_failed: bool = False,
     ) -> ResultWriter:
-        """Create the node of a result.
+        """Create the node of a result; it gets the access tags of its raw run.
 
-        A node that a crash left behind (`running`, and nobody writes it any more) is
-        removed and begun again. Nobody does if its writer was a process of this machine
-        that is gone, or has not touched it for `LEASE` seconds.
+        A node that a crash left behind (`running`, and nobody writes it any more, see
+        `is_abandoned`) is removed and begun again.
 
         Parameters
         ----------
@@ -95,8 +130,8 @@ class ResultWriter:
             Of `documents.result_key`.
         metadata
             Of `documents.result_metadata`.
-        access_tags
-            Those of the raw run if not given.
+        patience
+            Seconds to wait until the raw run is in the catalog.
         replace_failed
             Remove a result that failed, and begin it again: it says why, but is nothing
             that somebody could have used. A complete result is never replaced.
@@ -105,29 +140,33 @@ class ResultWriter:
         ------
         AlreadyStored
             If the result is there, or being written.
+        NoRawRun
+            If the raw run is not in the catalog. Without its tags, anybody could read the result.
+        BadInput
+            If the server has no /desmeared, or no adapter for it.
         """
         parent = mount(client, "desmeared")
-        tags = list(access_tags) if access_tags else _tags_of_raw(client, metadata["raw_uid"])
-        full = {
-            **metadata,
-            "status": "running",
-            "exposures": 0,
-            "failures": [],
-            "writer": {"host": socket.gethostname(), "pid": os.getpid()},
-            "updated": time.time(),
-            "attrs": {"status": "running", "raw_uid": metadata["raw_uid"], "method": metadata["method"]},
-        }
+        tags = _tags_of_raw(client, metadata["raw_uid"], patience)
+        # Before the node is there: another thread may look at it before this one hears that it was made.
+        claim = _Claim()
+        full = begun(metadata, claim.id)
         for last in (False, True):
             try:
-                node = parent.create_container(key=key, metadata=full, specs=RESULT_SPECS, access_tags=tags)
+                node = parent.new(
+                    StructureFamily.container, [source_of_result()], key=key, metadata=full, specs=RESULT_SPECS, access_tags=tags
+                )
             except ClientError as error:
+                if error.response.status_code == UNSUPPORTED:
+                    raise BadInput(
+                        "The server cannot show results: add adapters_by_mimetype of /desmeared, as in "
+                        "tiled_config/embedded.yml, to its configuration."
+                    ) from error
                 if error.response.status_code != CONFLICT:
                     raise
-                _make_way(parent, key, () if last else ("failed", "running") if replace_failed else ("running",))
+                before = _make_way(parent, key, () if last else ("failed", "running") if replace_failed else ("running",))
+                full["attempts"] = before.get("attempts", 0) + 1
             else:
-                writer = cls(node, tags)
-                _open_writers[key] = writer
-                return writer
+                return cls(node, tags, claim)
         raise AssertionError("unreachable: the second conflict raises AlreadyStored")
 
     def append(self, dataset: xr.Dataset) -> None:
@@ -146,13 +185,29 @@ class ResultWriter:
         rows = exposures_of(dataset)
         if self._first is not None:
             _check_alike(rows, self._first)
-        self._attrs |= {name: value for name, value in dataset.attrs.items() if name not in (*self._attrs, "failures")}
+        self._attrs = with_attrs(self._attrs, dataset)
         earlier = [failed_exposure(rows)] * len(self._pending)
         failures = dict(enumerate(self._pending))
         for failure in json.loads(dataset.attrs.get("failures", "[]")):
             failures[len(earlier) + failure["exposure"]] = failure["reason"]
         self._write(concat_exposures([*earlier, rows]) if earlier else rows, failures)
         self._pending = []
+
+    def lend(self, dataset: xr.Dataset) -> Lent:
+        """Keep the exposures of other results behind one's own; only before `complete`, and after the last `append`.
+
+        Parameters
+        ----------
+        dataset
+            Exposures like those that were appended.
+        """
+        assert self._rows is not None
+        assert self._first is not None
+        _check_alike(dataset, self._first)
+        with self._losing():
+            self._rows.patch(pack(dataset, self._columns), offset=(self.exposures,), extend=True)
+        place = self._rows.data_sources()[0].assets[0].data_uri
+        return Lent(self.node.item["id"], self._rows.item["id"], place, self._columns, self.exposures)
 
     def append_failure(self, reason: str) -> None:
         """Append an exposure that failed: a row of NaN, with its status and reason."""
@@ -166,67 +221,160 @@ class ResultWriter:
         if self._first is None:
             self.fail(self._pending[0] if self._pending else "The run holds no exposure.")
         else:
-            self._close("complete", None)
+            self._close("complete", None, **quality(self._chi2))
 
-    def fail(self, reason: str) -> None:
-        """Declare that the result failed as a whole."""
-        self._close("failed", reason)
+    def fail(self, reason: str, kind: str = "input", traceback: str | None = None) -> None:
+        """Declare that the result failed as a whole.
+
+        Parameters
+        ----------
+        reason
+            For a user: what is wrong and what to do.
+        kind
+            ``direct_beam``: none fits yet, worth another attempt when one comes; ``input``: not worth any;
+            ``internal``: a fault of the program, worth a few.
+        traceback
+            Digest of it; the log has the whole.
+        """
+        self._close("failed", reason, failure={"kind": kind, "traceback": traceback})
+
+    def keep_claim(self) -> None:
+        """Touch the result, where that was not done for a while, so that no other process takes it for abandoned.
+
+        Raises
+        ------
+        LostClaim
+            If one has done so.
+        """
+        if time.monotonic() > self._touched + CLAIM_INTERVAL:
+            self._update()
+
+    def release(self) -> None:
+        """Give the result up unfinished, so that others may begin it again at once."""
+        self._update(writer={**self.node.metadata["writer"], "claim": None})
+        self.abandon()
 
     def abandon(self) -> None:
         """Leave the result as it is, to whoever begins it again."""
-        _open_writers.pop(self.node.item["id"], None)
+        self._claim = None
 
-    def _close(self, status: str, reason: str | None) -> None:
+    def _close(self, status: str, reason: str | None, **more: Any) -> None:
         said = {"status": status, **({"reason": reason} if reason else {})}
         self._attrs |= said
-        self._update(**said)
+        self._update(**said, **more)
         self.abandon()
 
     def _write(self, rows: xr.Dataset, reasons: Mapping[int, str]) -> None:
-        # The status comes last: an exposure without one is not complete.
-        names = sorted(map(str, rows.variables), key=lambda name: name == "status")
-        for name in names:
-            self._put(name, rows[name])
+        self._check_claim()
+        with self._losing():
+            self._rows = self._begin_rows(rows) if self._rows is None else self._rows
+            self._rows.patch(pack(rows, self._columns), offset=(self.exposures,), extend=True)
+        # Nobody sees the exposures until they are announced: up to here, all of it may be done again.
         failures = [{"exposure": self.exposures + i, "reason": reason} for i, reason in reasons.items()]
-        self._update(exposures=self.exposures + rows.sizes["exposure"], failures=self._failures + failures)
+        announced = {"exposures": self.exposures + rows.sizes["exposure"], "failures": self._failures + failures}
+        self._update(**announced, **{ROWS: self._rows.item["id"], GRID: grid_of(rows["q"].values)})
         self.exposures += rows.sizes["exposure"]
+        self._chi2 += [float(value) for value in rows["chi2"].values[(rows["status"] == "ok").values]]
         self._failures += failures
         self._first = rows.isel(exposure=[0]) if self._first is None else self._first
 
-    def _put(self, name: str, values: xr.DataArray) -> None:
-        values = _coded(values, WORDS[name]) if name in WORDS else values
-        array = values.values
-        if name not in self._arrays:
-            self._arrays[name] = self._create_array(name, values, array)
-        elif "exposure" not in values.dims:
-            return  # q is there already
-        offset = (self.exposures,) if "exposure" in values.dims else (0,)
-        self._arrays[name].patch(array, offset=offset, extend=True)
-
-    def _create_array(self, name: str, values: xr.DataArray, array: np.ndarray) -> Any:
-        chunks = tuple((1,) * size if dim == "exposure" else (size,) for dim, size in values.sizes.items())
-        structure = ArrayStructure.from_array(array, chunks=chunks, dims=tuple(map(str, values.dims)))
-        try:
-            return self.node.new(
-                StructureFamily.array,
-                [DataSource(structure=structure, structure_family=StructureFamily.array)],
-                key=name,
-                metadata={"attrs": values.attrs},
-                specs=[Spec("xarray_coord" if name in values.coords else "xarray_data_var")],
-                access_tags=self._access_tags,
-            )
-        except ClientError as error:
-            if error.response.status_code != CONFLICT:
-                raise
-            return self.node[name]  # an attempt before this one got as far as here
+    def _begin_rows(self, first: xr.Dataset) -> Any:
+        """Make the array of rows and tell the server what is in it; may be repeated."""
+        self._columns = columns_of(first)
+        array = pack(first, self._columns)
+        structure = ArrayStructure.from_array(array, chunks=((1,) * len(array), (array.shape[1],)), dims=("exposure", "column"))
+        columns = [column.to_dict() for column in self._columns]
+        rows = self.node.new(
+            StructureFamily.array,
+            [DataSource(structure=structure, structure_family=StructureFamily.array)],
+            # A name of its own for each attempt: one that broke down may have left files that no node knows.
+            key=f"{ROWS}-{uuid.uuid4().hex[:12]}",
+            metadata={COLUMNS: columns},
+            access_tags=self._access_tags,
+        )
+        # As a parameter, no asset: deleting the result shall delete the rows by their own node, once.
+        place = rows.data_sources()[0].assets[0].data_uri
+        (mine,) = self.node.data_sources()
+        source = source_of_result({ROWS: place, COLUMNS: columns})
+        _put_data_source(self.node, dataclasses.replace(source, id=mine.id, structure={"keys": [c.name for c in self._columns]}))
+        return rows
 
     def _update(self, **changes: Any) -> None:
-        changes = {**changes, "updated": time.time(), "attrs": self._attrs}
-        self.node.update_metadata(changes, drop_revision=True)
+        self._check_claim()
+        with self._losing():
+            self.node.update_metadata({**changes, "updated": time.time(), "attrs": self._attrs}, drop_revision=True)
+        self._touched = time.monotonic()
+
+    def _check_claim(self) -> None:
+        """After a silence that others may have taken for our end, look whether the result is still ours."""
+        if time.monotonic() < self._touched + LEASE / 2:
+            return
+        with self._losing():
+            found = self.node.refresh().metadata["writer"]["claim"]
+        if self._claim is None or found != self._claim.id:
+            raise self._lost()
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Say of a node that is gone that it was taken over or removed."""
+        try:
+            yield
+        except ClientError as error:
+            if error.response.status_code != NOT_FOUND:
+                raise
+            raise self._lost() from error
+
+    def _lost(self) -> LostClaim:
+        self.abandon()
+        return LostClaim(f"The result {self.node.item['id']} was taken over by another process, or removed.")
 
 
-_open_writers: weakref.WeakValueDictionary[str, ResultWriter] = weakref.WeakValueDictionary()
-"""Results that this process is writing."""
+def begun(metadata: Mapping[str, Any], claim: str | None) -> dict[str, Any]:
+    """Return the metadata of a result that holds no exposure yet."""
+    return {
+        **metadata,
+        "status": "running",
+        "attempts": 1,
+        "exposures": 0,
+        ROWS: None,
+        "failures": [],
+        "writer": {"host": socket.gethostname(), "pid": os.getpid(), "claim": claim},
+        "updated": time.time(),
+        "attrs": {"status": "running", "raw_uid": metadata["raw_uid"], "method": metadata["method"]},
+    }
+
+
+def with_attrs(said: Mapping[str, Any], dataset: xr.Dataset) -> dict[str, Any]:
+    """Add to the attributes of a result those of its exposures; what it says already stays, and failures stand elsewhere."""
+    return {**{name: value for name, value in dataset.attrs.items() if name != "failures"}, **said}
+
+
+def quality(chi2: Sequence[float]) -> dict[str, float]:
+    """Return what a complete result says of the chi2 of its good exposures."""
+    return {"chi2_median": float(np.median(chi2)), "chi2_largest": float(max(chi2))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lent:
+    """Where one result keeps rows for others: its key, that of the rows, their URI and columns, and the first that is free."""
+
+    of: str
+    rows: str
+    place: str
+    columns: list[Column]
+    first: int
+
+
+class _Claim:
+    """What a writer holds as long as it writes its result; open while somebody holds it."""
+
+    def __init__(self) -> None:
+        self.id = uuid.uuid4().hex
+        _open_claims[self.id] = self
+
+
+_open_claims: weakref.WeakValueDictionary[str, _Claim] = weakref.WeakValueDictionary()
+"""Claims of this process, by what the results say of them."""
 
 
 def _check_alike(rows: xr.Dataset, first: xr.Dataset) -> None:
@@ -234,47 +382,77 @@ def _check_alike(rows: xr.Dataset, first: xr.Dataset) -> None:
     q, before = rows["q"].values, first["q"].values
     if not np.array_equal(q, before):
         raise BadInput(f"The exposures of a result share one q; these have {q.size} points, those before {before.size}.")
-    if odd := set(rows.variables) ^ set(first.variables):
+    mine, theirs = ({(c.name, c.dims, c.shape, c.dtype) for c in columns_of(dataset)} for dataset in (rows, first))
+    if odd := sorted({name for name, *_ in mine ^ theirs}):
         raise BadInput(
-            f"The exposures of a result share their variables; {', '.join(sorted(map(str, odd)))} is not in all of them: "
+            f"The exposures of a result share their variables; {', '.join(odd)} is not in all of them alike: "
             "desmear them with one method."
         )
 
 
-def _coded(values: xr.DataArray, words: Sequence[str]) -> xr.DataArray:
-    """Turn words into numbers, with the CF attributes that explain them: Zarr has no settled format for strings."""
-    codes = np.array([words.index(value) for value in values.values], dtype=np.uint8)
-    meanings = {"flag_values": list(range(1, len(words))), "flag_meanings": " ".join(words[1:])}
-    return values.copy(data=codes).assign_attrs(meanings)
+def source_of_result(parameters: Mapping[str, Any] | None = None) -> DataSource:
+    """Say where the server finds the variables of a result."""
+    return DataSource(
+        structure_family=StructureFamily.container,
+        structure=None,
+        mimetype=RESULT_MIMETYPE,
+        parameters=dict(parameters or {}),
+        management=Management.external,
+    )
 
 
-def _tags_of_raw(client: Any, raw_uid: str) -> list[str] | None:
-    try:
-        return access_tags_of(client["raw"][raw_uid])
-    except KeyError:
-        return None
+def _put_data_source(node: Any, source: DataSource) -> None:
+    """Change a node's data source; Tiled's client has no word for it."""
+    address = node.uri.replace("/metadata/", "/data_source/", 1)
+    body = {"data_source": dataclasses.asdict(source)}
+    for attempt in retry_context():
+        with attempt:
+            handle_error(node.context.http_client.put(address, json=body))
 
 
-def _make_way(parent: Any, key: str, removable: Sequence[str]) -> None:
-    """Remove a node of a removable status that nobody writes any more, or raise AlreadyStored."""
+def _tags_of_raw(client: Any, raw_uid: str, patience: float) -> list[str] | None:
+    raw, end = mount(client, "raw"), time.monotonic() + patience
+    while (run := lookup(raw, raw_uid)) is None:
+        if time.monotonic() > end:
+            raise NoRawRun(f"Run {raw_uid} is not in the catalog; a result is stored only beside its raw run.")
+        time.sleep(0.05)
+    return access_tags_of(run)
+
+
+def _make_way(parent: Any, key: str, removable: Sequence[str]) -> Mapping[str, Any]:
+    """Remove a node of a removable status that nobody writes any more, and return its metadata; else raise AlreadyStored."""
     try:
         metadata = parent[key].metadata
     except KeyError:
-        return  # removed by somebody else in this moment
+        return {}  # removed by somebody else in this moment
     status = metadata["status"]
-    if status not in removable or (status == "running" and _is_written(key, metadata)):
+    if status not in removable or (status == "running" and not is_abandoned(key, metadata)):
         raise AlreadyStored(key, status)
     with contextlib.suppress(ClientError):  # somebody else was faster: the next attempt to create tells
         parent.delete_contents(key, recursive=True, external_only=False)
+    return metadata
 
 
-def _is_written(key: str, metadata: Mapping[str, Any]) -> bool:
+_seen: dict[str, tuple[tuple[Any, ...], float]] = {}
+"""Results that others write: how they were touched last, and when we first saw that."""
+
+
+def is_abandoned(key: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether nobody writes a running result any more.
+
+    Nobody does if its writer gave it up, or was a process of this machine that is gone. One of another
+    machine is known by its silence: `LEASE` seconds without a touch, as seen by this process,
+    which must look more than once.
+    """
     writer = metadata["writer"]
-    if writer["host"] != socket.gethostname():
-        return time.time() - metadata["updated"] < LEASE
-    if writer["pid"] == os.getpid():
-        return key in _open_writers
-    return _is_alive(writer["pid"])
+    if writer.get("claim") is None:
+        return True
+    if writer["host"] == socket.gethostname():
+        return writer["claim"] not in _open_claims if writer["pid"] == os.getpid() else not _is_alive(writer["pid"])
+    touch, now = (writer["claim"], metadata["updated"]), time.monotonic()
+    if _seen.get(key, (None, 0.0))[0] != touch:
+        _seen[key] = (touch, now)
+    return now - _seen[key][1] > LEASE
 
 
 def _is_alive(pid: int) -> bool:

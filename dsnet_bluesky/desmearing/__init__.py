@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -31,10 +32,11 @@ from dsnet_bluesky.data import (
     failed_exposure,
 )
 from dsnet_bluesky.smearing import Smearing
+from dsnet_bluesky.versions import resolve
 
 from .kernels import widths_below
 
-__all__ = ["METHODS", "Method", "Prepared", "Solution", "desmear", "prepare"]
+__all__ = ["LEARNED", "METHODS", "Method", "Prepared", "Solution", "desmear", "prepare", "settled"]
 
 METHODS: dict[str, str] = {
     "lake": "dsnet_bluesky.desmearing.lake:Lake",
@@ -46,6 +48,9 @@ METHODS: dict[str, str] = {
     "dsnet-paper": "dsnet_bluesky.dsnet_paper:DSNetPaper",
 }
 """Where each method lives, as `module:class`."""
+
+LEARNED = ("dsnet", "dsnet-paper")
+"""Methods that models of the registry answer for: those of the same name, unless the option ``model`` names another."""
 
 MINIMUM_RANGE = 2.0
 """The shortest curve that can be desmeared, in widths of the operator."""
@@ -109,7 +114,8 @@ def desmear(curves: xr.Dataset, smearing: Smearing, method: str = "dsnet", **opt
     smearing
         The operator that smeared them, on the same q.
     method
-        A key of `METHODS`; of one with released models a version may be asked for, as in ``"dsnet:2.0.0"``.
+        A key of `METHODS`; of one with released models a version may be asked for, as in ``"dsnet:2.0.0"``, or an
+        alias, ``"dsnet:latest"``; ``"dsnet"`` is the version in production.
     **options
         Keyword arguments of the method's class.
 
@@ -145,7 +151,7 @@ def prepare(smearing: Smearing, method: str = "dsnet", **options: Any) -> Prepar
     smearing
         The operator of the measurement.
     method
-        A key of `METHODS`, with or without a version, see `desmear`.
+        A key of `METHODS`, with or without a version or an alias, see `desmear`.
     **options
         Keyword arguments of the method's class.
 
@@ -155,24 +161,51 @@ def prepare(smearing: Smearing, method: str = "dsnet", **options: Any) -> Prepar
         If the method or an option is unknown, an option has a value of the wrong type,
         or the operator is wider than half its q range.
     """
-    name, _, version = method.partition(":")
+    name = method.partition(":")[0]
     if name not in METHODS:
         raise BadInput(f"There is no method {name!r}; the methods are {', '.join(sorted(METHODS))}.")
+    method, options = settled(method, options)
     _check_range(smearing)
     solver = pkgutil.resolve_name(METHODS[name])
-    if version:
-        options = {"model": _versioned(method, solver, options), **options}
     _check_options(name, solver, options)
-    return Prepared(smearing, name, options, solver(smearing, **options))
+    model = {"model": method} if name in LEARNED and "model" not in options else {}
+    return Prepared(smearing, name, options, solver(smearing, **options, **model))
 
 
-def _versioned(method: str, solver: type, options: dict[str, Any]) -> str:
-    """Check that a version of a method can be meant."""
-    if "model" not in inspect.signature(solver).parameters:
-        raise BadInput(f"{method.partition(':')[0]} has no released models, so there is no {method!r}; leave out the version.")
-    if "model" in options:
-        raise BadInput(f"{method!r} names a version and model={options['model']!r} another; give one of them.")
-    return method
+def settled(method: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Say which version of which model answers, before work begins: names and aliases become versions.
+
+    Parameters
+    ----------
+    method, options
+        As of `desmear`; an unknown method is left as it is.
+
+    Returns
+    -------
+    method, options
+        ``"dsnet:2.0.0"`` for ``"dsnet"``, and without the option ``model`` where that names a model of the method.
+
+    Raises
+    ------
+    BadInput
+        If there is no such model, or a version makes no sense there.
+    """
+    name, colon, _ = method.partition(":")
+    options = dict(options)
+    if name not in LEARNED:
+        if name in METHODS and colon:
+            raise BadInput(f"{name} has no released models, so there is no {method!r}; leave out the version.")
+        return method, options
+    model = options.get("model", method)
+    if not isinstance(model, str):
+        return method, options  # which is refused where the other options are
+    if colon and "model" in options:
+        raise BadInput(f"{method!r} names a version and model={model!r} another; give one of them.")
+    resolved = resolve(model)
+    if resolved.partition(":")[0] == name:
+        options.pop("model", None)
+        return resolved, options
+    return name, {**options, "model": resolved}
 
 
 class Prepared:
@@ -194,6 +227,7 @@ class Prepared:
         self.options = dict(options)
         self.model = getattr(solver, "model", None)
         self._solver = solver
+        self._extrapolated = _reach(smearing) > 0.1
 
     def __repr__(self) -> str:
         return f"<Prepared {self.method} for {self.smearing!r}>"
@@ -268,7 +302,7 @@ class Prepared:
         flags = np.asarray(solution.flags, dtype=np.int64) | np.where(chi2 > 2, int(Flag.POOR_FIT), 0)
         if batch.attrs.get("Idev_estimated"):
             flags = flags | int(Flag.NOISE_ESTIMATED)
-        if _reach(self.smearing) > 0.1:
+        if self._extrapolated:
             flags = flags | int(Flag.EXTRAPOLATED)
         return flags
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dsnet_bluesky.atomic import replacing
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.features import Features, Operator, features_of
 from dsnet_bluesky.smearing import Smearing
@@ -148,24 +151,29 @@ def session(measured: Measured, device: str = "cpu") -> Session:
 def save_session(path: Path, made: Session) -> None:
     """Write a session; a crash while writing leaves nothing behind that looks like one."""
     smearing = made.operator.smearing
-    arrays = (smearing.q, smearing.q_calc, smearing.matrix)
+    arrays = {"q": smearing.q, "q_calc": smearing.q_calc, "matrix": smearing.matrix}
     content = {
-        "kind": smearing.kind,
-        "smearing": [torch.from_numpy(np.array(array)) for array in arrays],
-        "features": list(made.features),
+        **{f"smearing.{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()},
+        **{f"operator.{name}": tensor for name, tensor in made.operator.tensors.items()},
+        **{f"features.{name}": tensor for name, tensor in made.features._asdict().items()},
         "ln_truth": made.ln_truth,
-        "families": made.families,
-        "levels": made.levels,
     }
-    partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    about = {"kind": smearing.kind, "families": made.families, "levels": made.levels}
+    with replacing(path) as partial:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in content.items()}, partial, {"about": json.dumps(about)})
 
 
 def load_session(path: Path, device: str = "cpu") -> Session:
     """Read a session."""
-    content = torch.load(path, weights_only=True)
-    smearing = Smearing(*(part.numpy() for part in content["smearing"]), kind=content["kind"])
-    operator = Operator(smearing, device, transform=False)
-    features = Features(*content["features"])
-    return Session(operator, features, content["ln_truth"], content["families"], content["levels"])
+    with safe_open(path, "pt") as stored:
+        names = stored.keys()
+        content = {name: stored.get_tensor(name) for name in names}
+        about = json.loads(stored.metadata()["about"])
+
+    def part(kind: str) -> dict[str, Tensor]:
+        return {name.partition(".")[2]: tensor for name, tensor in content.items() if name.startswith(f"{kind}.")}
+
+    smearing = Smearing(**{name: array.numpy() for name, array in part("smearing").items()}, kind=about["kind"])
+    operator = Operator.from_tensors(smearing, part("operator"), device)
+    features = Features(**{name: tensor.to(device) for name, tensor in part("features").items()})
+    return Session(operator, features, content["ln_truth"].to(device), about["families"], about["levels"])

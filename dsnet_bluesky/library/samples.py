@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsnet_bluesky.atomic import replacing
+
 from .families import FAMILIES, MARGIN, Shape, make_shapes
 from .lattices import FLUIDS, LATTICES, StructureFactor, make_structure_factors
 
-__all__ = ["Library", "Sample", "View", "draw_sample", "families_of", "load_library", "make_library", "save_library"]
+__all__ = [
+    "Library",
+    "Sample",
+    "View",
+    "digest_of_library",
+    "draw_sample",
+    "families_of",
+    "load_library",
+    "make_library",
+    "save_library",
+]
 
 Floats = NDArray[np.floating[Any]]
 Curve = Callable[[Floats], Floats]
@@ -120,10 +134,14 @@ def save_library(path: Path, library: Library) -> None:
     ] + [{"family": f.family, "split": f.split, "points": f.x.size} for f in factors]
     x = np.concatenate([*(s.x for s in shapes), *(f.x for f in factors)])
     y = np.concatenate([*(s.I for s in shapes), *(f.S for f in factors)])
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, x=x, y=y, about=np.array(json.dumps(about)))
-    os.replace(partial, path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, x=x, y=y, about=np.array(json.dumps(about)), sasmodels=np.array(version("sasmodels")))
+
+
+def made_with(path: Path) -> str:
+    """Read which version of sasmodels computed a library."""
+    with np.load(path) as stored:
+        return str(stored["sasmodels"])
 
 
 def load_library(path: Path, split: str | None = None) -> Library:
@@ -141,6 +159,15 @@ def load_library(path: Path, split: str | None = None) -> Library:
         else:
             factors.append(StructureFactor(entry["family"], entry["split"], grid, values))
     return Library(shapes, factors)
+
+
+def digest_of_library(path: Path) -> str:
+    """Give the SHA-256 of what a library holds: of its curves and what they are, however they are packed."""
+    sha = hashlib.sha256()
+    with np.load(path) as stored:
+        for name in ("about", "x", "y"):
+            sha.update(np.ascontiguousarray(stored[name]).tobytes())
+    return sha.hexdigest()
 
 
 def draw_sample(

@@ -251,7 +251,7 @@ class Smearing:
         """Isotropic Gaussian beam on a full azimuthal average.
 
         ``R(q, q') = (q' / s^2) exp(-(q - q')^2 / 2 s^2) ive(0, q q' / s^2)``: the
-        distribution of |q + v| with v normal in two dimensions (Rice).
+        distribution of ``|q + v|`` with v normal in two dimensions (Rice).
 
         Parameters
         ----------
@@ -334,7 +334,7 @@ class Smearing:
             HALF the slit width in 1/nm (`dQw` of a file).
         profile
             Measured slit-length profile: l in 1/nm (ascending) and P(l). Both
-            signs of l are folded onto one, since I depends on |l|.
+            signs of l are folded onto one, since I depends on ``|l|``.
         q_calc
             Grid of the unsmeared curve; by default `q` extended by what the slit reaches.
         """

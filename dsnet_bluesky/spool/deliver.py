@@ -15,8 +15,10 @@ from typing import IO, Any
 
 import httpx
 
+from dsnet_bluesky.callbacks.worker import Deferred
 from dsnet_bluesky.data import BadInput
 
+from .arrived import Unequal, check, lookup
 from .files import Contents, Spool, encode, hold, is_free, note, noted, read
 
 __all__ = ["Deliverer"]
@@ -43,34 +45,23 @@ ABANDONED = "The process that took this run ended before its stop document was w
 DAY = 86_400.0
 
 
-class Unequal(RuntimeError):
-    """The catalog holds other events than were sent."""
-
-
 @dataclass
-class _Backoff:
-    """How often something failed, and when it is tried next."""
+class _Backoff(Deferred):
+    """Why something failed, how often, and when it is tried next."""
 
-    attempts: int = 0
     error: str = ""
     status: int = 0
-    not_before: float = 0.0
 
-    def again(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
         """Wait longer than the last time, and not in step with others."""
-        self.attempts += 1
         self.error = f"{type(error).__name__}: {error}"
         self.status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
-        self.not_before = time.monotonic() + min(0.5 * 2 ** min(self.attempts, 16), LONGEST) * random.uniform(0.5, 1)
+        self.again(LONGEST * random.uniform(0.5, 1))
 
     def log(self, what: str) -> None:
         """Log the first, second, fourth, eighth ... failure: an outage of months fits into a log."""
         if self.attempts & (self.attempts - 1) == 0:
             logger.warning("%s, attempt %d: %s", what, self.attempts, self.error)
-
-    @property
-    def due(self) -> bool:
-        return time.monotonic() >= self.not_before
 
 
 class _Delivery:
@@ -94,7 +85,7 @@ class _Delivery:
             self._writer(name, doc)
             self._sent.add(name, doc, end)
             if name == "stop":
-                _check(catalog, self._sent)
+                check(catalog, self._sent)
                 return True
         if self._abandoned():
             self._close_run()
@@ -110,7 +101,7 @@ class _Delivery:
         """Make room for the run in the catalog; False where it is complete already."""
         from bluesky_tiled_plugins import TiledWriter
 
-        if (run := _lookup(catalog, uid)) is not None:
+        if (run := lookup(catalog, uid)) is not None:
             if self._is_there(catalog, run.metadata.get("stop") or {}):
                 return False
             # Nothing tells which documents of a partial run arrived, or arrived twice: begin anew.
@@ -124,7 +115,7 @@ class _Delivery:
         """Whether the catalog holds all that the file holds."""
         contents = Contents.of(self.path)
         with suppress(Unequal):
-            _check(catalog, contents)
+            check(catalog, contents)
             return bool(stop) and stop["uid"] == contents.stop
         return False
 
@@ -280,13 +271,13 @@ class Deliverer:
     def _pause(self, error: Exception) -> None:
         """Leave all runs alone for a while: the server does not answer."""
         self._catalog = None
-        self._away.again(error)
+        self._away.failed(error)
         self._away.log("The catalog does not answer")
         self._note_errors()
 
     def _failed(self, delivery: _Delivery, error: Exception) -> None:
         """Try a run again later, and let others pass; set it aside where trying again is of no use."""
-        delivery.backoff.again(error)
+        delivery.backoff.failed(error)
         delivery.backoff.log(delivery.path.name)
         passing = delivery.backoff.status >= 500 or isinstance(error, httpx.TransportError | OSError)
         if delivery.backoff.attempts < PATIENCE or passing:
@@ -300,6 +291,7 @@ class Deliverer:
     def _archive(self, path: Path) -> None:
         """Remove a delivered run, at once or after some days."""
         if self._keep:
+            os.utime(path)  # its days begin now
             path.replace(self.spool.delivered / path.name)
         else:
             path.unlink()
@@ -315,28 +307,6 @@ class Deliverer:
             self._noted = found
             with suppress(OSError):  # a full disk
                 note(self.spool.errors, found)
-
-
-def _lookup(catalog: Any, uid: str) -> Any:
-    """Find a run by its whole uid, or None: the catalog's own lookup takes the beginning of one too."""
-    from tiled.client.container import Container
-
-    with suppress(KeyError):
-        return Container.__getitem__(catalog, uid)
-    return None
-
-
-def _check(catalog: Any, sent: Contents) -> None:
-    """Count the events that arrived: after a forced retry some may be there twice."""
-    run = _lookup(catalog, sent.uid)
-    for stream, number in sent.events.items():
-        arrived = 0
-        for table in ("internal", "internal_0"):  # a wide one is split
-            with suppress(KeyError):
-                arrived = len(run.base[stream].base[table].read(["seq_num"]))
-                break
-        if arrived != number:
-            raise Unequal(f"Stream {stream}: {number} events were sent, the catalog holds {arrived}.")
 
 
 def _is_away(error: Exception) -> bool:

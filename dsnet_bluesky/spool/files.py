@@ -27,6 +27,7 @@ from typing import IO, Any, cast
 import msgpack
 import numpy as np
 
+from dsnet_bluesky.atomic import replacing
 from dsnet_bluesky.data import BadInput
 
 __all__ = ["Contents", "Spool", "count", "encode", "hold", "is_free", "note", "noted", "read"]
@@ -68,14 +69,12 @@ class Spool:
     def _make(self, target: str) -> None:
         for folder in (self.refused, self.damaged, self.delivered):
             folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.target.with_suffix(".tmp")
-        temporary.write_text(target)
-        temporary.replace(self.target)
+        with replacing(self.target) as partial:
+            partial.write_text(target)
 
     def new(self, start: Mapping[str, Any]) -> Path:
         """Name the file of a run that begins; names sort by time, none is taken."""
-        time = datetime.fromtimestamp(start["time"], UTC).strftime("%Y%m%dT%H%M%S.%f")
-        stem = f"{time}-{re.sub(r'[^A-Za-z0-9.-]', '_', start['uid'])[:64]}"
+        stem = f"{_stamp(start.get('time'))}-{re.sub(r'[^A-Za-z0-9.-]', '_', start['uid'])[:64]}"
         names = (f"{stem}{f'.{n}' if n else ''}.run" for n in itertools.count())
         return next(path for name in names if not (path := self.directory / name).exists())
 
@@ -169,9 +168,8 @@ def is_free(path: Path, *, shared: bool = False) -> bool:
 
 def note(path: Path, content: Mapping[str, Any]) -> None:
     """Write a small JSON file, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))
 
 
 def noted(path: Path) -> dict[str, Any]:
@@ -180,6 +178,13 @@ def noted(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def _stamp(time: Any) -> str:
+    """Write a time so that names sort by it; a clock may say what is none."""
+    with suppress(TypeError, ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(time, UTC).strftime("%Y%m%dT%H%M%S.%f")
+    return "undated"
 
 
 def _pack(value: Any) -> Any:

@@ -57,10 +57,10 @@ class Status:
     """What the writer warns of; empty if nothing."""
 
     error: str
-    """Why the catalog does not answer; empty if it does."""
+    """Why no run can be delivered: no answer, a wrong key ...; empty if nothing prevents it."""
 
     attempts: int
-    """To reach the catalog, since it last answered."""
+    """To reach the catalog, since a run was last delivered to it."""
 
     disk_free: int
     """Bytes left on the spool's disk."""
@@ -75,11 +75,16 @@ class Status:
         """Runs that are on their way."""
         return [run for run in self.runs if run.state != "refused"]
 
+    @property
+    def refused(self) -> list[WaitingRun]:
+        """Runs that the catalog refused."""
+        return [run for run in self.runs if run.state == "refused"]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything, and sums over what waits, as plain values."""
         return asdict(self) | {
             "waiting": len(self.waiting),
-            "refused": len(self.runs) - len(self.waiting),
+            "refused": len(self.refused),
             "documents": sum(run.documents for run in self.waiting),
             "bytes": sum(run.bytes for run in self.waiting),
             "oldest": max((run.age for run in self.waiting), default=0.0),
@@ -101,7 +106,7 @@ class Status:
             f"to {self.target}; {'delivering' if self.delivering else 'nobody delivers'}; {self.disk_free / 1e9:.1f} GB free"
         ]
         if self.error:
-            lines.append(f"The catalog does not answer, attempt {self.attempts}: {self.error}")
+            lines.append(f"Nothing can be delivered, attempt {self.attempts}: {self.error}")
         if self.damaged:
             lines.append(f"{self.damaged} files held unreadable bytes; see damaged/.")
         return [*lines, *([f"ALARM: {self.alarm}"] if self.alarm else [])]

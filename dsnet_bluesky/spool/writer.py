@@ -250,9 +250,9 @@ class SpooledWriter:
                     run.close()
                     self._runs.remove(run)
         self._raise_alarm(self._trouble())
-        if self._process is not None:
-            self._process.poll()  # leaves no zombie
-        due = self._deliver and time.monotonic() > self._started + RESTART_INTERVAL
+        # On a busy machine one that was started needs a while until it holds the lock; to poll leaves no zombie.
+        starting = self._process is not None and self._process.poll() is None
+        due = self._deliver and not starting and time.monotonic() > self._started + RESTART_INTERVAL
         if due and is_free(self.spool.deliverer_lock) and (not self._closing or self.spool.waiting()):
             self._started = time.monotonic()
             self._start_deliverer()

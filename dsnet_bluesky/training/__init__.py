@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.versions import load_model
 
 from . import paper, unrolled
@@ -36,6 +37,8 @@ def load_recipe(recipe: str | Path) -> Recipe:
     path = Path(recipe)
     if not path.is_file():
         path = load_model(str(recipe)).path / "recipe.toml"
+        if not path.is_file():
+            raise BadInput(f"{recipe} was installed without its recipe, {path.name}; give the file of a recipe.")
     text = path.read_text(encoding="utf-8")
     return unrolled.Recipe.parse(text) if "sessions" in text else paper.Recipe.parse(text)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsnet_bluesky.atomic import replacing
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.versions import CARD
 
@@ -31,9 +31,8 @@ def begin(directory: str | Path) -> Path:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint; a crash while writing leaves the one before."""
-    partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save(content, partial)
 
 
 def load_checkpoint(path: Path, recipe: str, device: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["hardware", "has_bfloat16"]
+__all__ = ["hardware"]
 
 
 def hardware(device: str) -> str:
@@ -19,11 +19,3 @@ def hardware(device: str) -> str:
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     processor = named[0] if named else platform.processor() or platform.machine()
     return f"{processor}, threads: {torch.get_num_threads()}"
-
-
-def has_bfloat16(device: str) -> bool:
-    """Tell whether a device computes in bfloat16 itself; where it is emulated it takes longer than single precision."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

@@ -337,6 +337,12 @@ def describe(recipe: Recipe, curves: Curves, state: TrainingState, sha256: str) 
         "licence": recipe.licence,
         "weights_sha256": sha256,
         **recipe.card,
+        "inputs": {
+            "summary": "ln of the smeared intensity at equal steps of q, and nothing else.",
+            "dims": ["curve", "q"],
+            "channels": 1,
+            "units": {"q": "1/nm", "I": "1/cm"},
+        },
         "architecture": {**recipe.architecture.to_dict(), "parameters": state.network.parameter_count},
         "data": {**data, "training": curves.training.size, "validation": curves.validation.size, "sha256": curves.digest},
         "ranges": {

@@ -1,7 +1,8 @@
 """Training of the unrolled network: a library, sessions with random instruments, and steps through them.
 
 Everything follows from the seed of the recipe. Sessions are written to the directory of the
-training as they are made, by several processes, and kept when it is interrupted.
+training as they are made, by several processes, and kept when it is interrupted. The network learns
+from those that are there while the others are being made.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import csv
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -16,8 +18,9 @@ import multiprocessing
 import os
 import time
 import tomllib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -25,19 +28,29 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.dsnet import extent
-from dsnet_bluesky.features import VERSION
+from dsnet_bluesky.features import INPUTS, VERSION
 from dsnet_bluesky.library.examples import Session, draw_instrument_of, load_session, measure, save_session, session
-from dsnet_bluesky.library.samples import Library, families_of, load_library, make_library, save_library
+from dsnet_bluesky.library.samples import (
+    Library,
+    digest_of_library,
+    families_of,
+    load_library,
+    made_with,
+    make_library,
+    save_library,
+)
+from dsnet_bluesky.network import has_bfloat16
 from dsnet_bluesky.unrolled import Answer, Unrolled, UnrolledConfig
-from dsnet_bluesky.versions import WEIGHTS, sha256_of, write_card
+from dsnet_bluesky.versions import WEIGHTS, load_model, sha256_of, write_card
 
 from .checkpoints import load_checkpoint, save_checkpoint
-from .machine import hardware, has_bfloat16
+from .machine import hardware
 from .uncertainty import Repeats, calibrate, learn_parts, measure_repeats, range_of
 
 __all__ = ["Progress", "Recipe", "Training", "evaluate", "loss_of", "make_sessions", "train"]
@@ -56,6 +69,9 @@ REPEATED_CURVES = 16
 
 SPARSE = 7
 """The range of training is described by one session in so many."""
+
+ARRIVING = 0.75
+"""Part of the steps over which sessions come in, evenly: a step sees the one that is new, or returns to one before."""
 
 WARM_UP = 200
 """Steps over which the step size rises."""
@@ -105,6 +121,8 @@ class Recipe:
     schedule: Schedule
     card: dict[str, Any]
     source: str = field(repr=False)
+    begin: str = ""
+    """Model whose weights are the first, such as ``dsnet:2.0.0``; random ones if not given."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -160,10 +178,38 @@ class Progress(NamedTuple):
     """Within two."""
 
 
-def make_sessions(
+class Sessions(Sequence[Session]):
+    """Sessions of a set, some of which are still being made: whoever asks for one waits for it.
+
+    Parameters
+    ----------
+    paths
+        Where they are, or will be.
+    loader
+        One thread, which reads them in their order as they are made.
+    device
+        Where they go.
+    """
+
+    def __init__(self, paths: Sequence[Future[Path]], loader: ThreadPoolExecutor, device: str) -> None:
+        self._sessions = [loader.submit(lambda path=path: load_session(path.result(), device)) for path in paths]
+
+    def __len__(self) -> int:
+        """How many there will be."""
+        return len(self._sessions)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Return a session, or a list of several."""
+        if isinstance(number, slice):
+            return [session.result() for session in self._sessions[number]]
+        return self._sessions[number].result()
+
+
+@contextmanager
+def making(
     directory: Path, recipe: Recipe, split: str, count: int, curves: int, notify: Callable[[int, int], None] | None = None
-) -> list[Path]:
-    """Make the sessions of a set that are not there yet, in as many processes as there are cores.
+) -> Iterator[list[Future[Path]]]:
+    """Make the sessions of a set that are not there yet, in other processes, as long as the context lasts.
 
     Parameters
     ----------
@@ -180,16 +226,44 @@ def make_sessions(
     """
     folder = directory / SESSIONS / split
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:05d}.pt" for number in range(count)]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    paths = [folder / f"{number:05d}.safetensors" for number in range(count)]
+    there = [path.exists() for path in paths]
+    done = sum(there)
+
+    def tell(_: Future[Path]) -> None:
+        nonlocal done
+        done += 1
+        if notify is not None:
+            notify(done, count)
+
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, _start_worker, (str(directory / LIBRARY), split)) as pool:
-        jobs = [pool.submit(_make_session, paths[k], split, recipe.seed, k, curves, recipe.data.points) for k in missing]
-        for done, job in enumerate(as_completed(jobs), count - len(missing) + 1):
-            job.result()
-            if notify is not None:
-                notify(done, count)
-    return paths
+    library = (str(directory / LIBRARY), split)
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), context, _start_worker, library) as pool:
+        made: list[Future[Path]] = []
+        try:
+            for number, path in enumerate(paths):
+                made.append(_done(path) if there[number] else pool.submit(_make_session, path, split, recipe, number, curves))
+                if not there[number]:
+                    made[-1].add_done_callback(tell)
+            yield made
+        finally:
+            for future in made:
+                future.cancel()
+
+
+def _done(path: Path) -> Future[Path]:
+    """Give what a process would that has made it."""
+    future: Future[Path] = Future()
+    future.set_result(path)
+    return future
+
+
+def make_sessions(
+    directory: Path, recipe: Recipe, split: str, count: int, curves: int, notify: Callable[[int, int], None] | None = None
+) -> list[Path]:
+    """Make the sessions of a set that are not there yet, and wait for them; see `making`."""
+    with making(directory, recipe, split, count, curves, notify) as made:
+        return [path.result() for path in made]
 
 
 _LIBRARY: Library | None = None
@@ -201,12 +275,13 @@ def _start_worker(path: str, split: str) -> None:
     _LIBRARY = load_library(Path(path), split)
 
 
-def _make_session(path: Path, split: str, seed: int, number: int, curves: int, points: tuple[int, int]) -> None:
+def _make_session(path: Path, split: str, recipe: Recipe, number: int, curves: int) -> Path:
     assert _LIBRARY is not None
-    place = [seed, ("training", "validation", "test").index(split), number]
-    instrument = draw_instrument_of(place, points)
+    place = [recipe.seed, ("training", "validation", "test").index(split), number]
+    instrument = draw_instrument_of(place, recipe.data.points)
     measured = measure(np.random.default_rng([*place, 1]), instrument, _LIBRARY, curves)
     save_session(path, session(measured))
+    return path
 
 
 def loss_of(answer: Answer, ln_truth: Tensor, measured: Tensor) -> Tensor:
@@ -249,7 +324,7 @@ class Training:
         self.recipe, self.device, self.half = recipe, device, has_bfloat16(device)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(recipe.seed)
-            self.network = Unrolled(recipe.architecture).to(device)
+            self.network = _first(recipe).to(device)
         self.average = copy.deepcopy(self.network)
         schedule = recipe.schedule
         self.optimizer = torch.optim.AdamW(
@@ -263,14 +338,11 @@ class Training:
         self.seconds = 0.0
         self.history: list[Progress] = []
 
-    def learn(self, sessions: list[Session], validation: list[Session], directory: Path, notify: Any = None) -> None:
+    def learn(self, sessions: Sequence[Session], validation: Sequence[Session], directory: Path, notify: Any = None) -> None:
         """Take the steps that are left, with a checkpoint and a look at the validation curves now and then."""
         started, losses = time.perf_counter() - self.seconds, []
         while self.step < self.recipe.schedule.steps:
-            epoch, place = divmod(self.step, len(sessions))
-            # Seeded by the epoch and the step, the order needs no place in the checkpoint.
-            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(len(sessions))
-            losses.append(self._take(sessions[order[place]]))
+            losses.append(self._take(sessions[self._number(self.step, len(sessions))]))
             if self.step % CHECKPOINT_EVERY == 0 or self.step == self.recipe.schedule.steps:
                 self.seconds = time.perf_counter() - started
                 self.history.append(Progress(self.step, float(np.mean(losses)), *evaluate(self.average, validation)))
@@ -278,6 +350,13 @@ class Training:
                 self.save(directory / CHECKPOINT)
                 if notify is not None:
                     notify(self.history[-1])
+
+    def _number(self, step: int, count: int) -> int:
+        """Tell which session a step sees; it follows from the seed and the step, and needs no place in the checkpoint."""
+        first, last = (min(count, 1 + int(k * count / (ARRIVING * self.recipe.schedule.steps))) for k in (step - 1, step))
+        if step == 0 or last > first:
+            return last - 1
+        return int(np.random.default_rng([self.recipe.seed, step, 3]).integers(last))
 
     def _take(self, session: Session) -> float:
         schedule = self.recipe.schedule
@@ -299,8 +378,8 @@ class Training:
         self.step += 1
         share = 1 - min(AVERAGE, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            for slow, fast in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                slow.lerp_(fast, share)
+            # All parameters in one call: a loop over them would cost a GPU as much time as the rest of the step.
+            get_ema_multi_avg_fn(1 - share)(list(self.average.parameters()), list(self.network.parameters()), self.step)
         return loss.item()
 
     def save(self, path: Path) -> None:
@@ -328,6 +407,18 @@ class Training:
         self.history = [Progress(*progress) for progress in saved["history"]]
 
 
+def _first(recipe: Recipe) -> Unrolled:
+    """Give the network of a recipe before its first step."""
+    network = Unrolled(recipe.architecture)
+    if recipe.begin:
+        weights = load_file(load_model(recipe.begin).weights)
+        try:
+            network.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("range.")})
+        except RuntimeError as error:
+            raise BadInput(f"The recipe cannot begin with {recipe.begin}: that is a network of another shape.") from error
+    return network
+
+
 @torch.no_grad()
 def evaluate(network: Unrolled, sessions: Iterable[Session]) -> tuple[float, float, float, float, float]:
     """Give the geometric means of the error, before and after, and the shares within one and two stated errors."""
@@ -345,8 +436,11 @@ def evaluate(network: Unrolled, sessions: Iterable[Session]) -> tuple[float, flo
     return means[0], means[1], means[2], shares[0], shares[1]
 
 
-def prepare(recipe: Recipe, directory: Path, device: str = "cpu", notify: Any = None) -> tuple[list[Session], list[Session]]:
-    """Make, or find, the library and the sessions of a recipe; sessions come back in memory.
+@contextmanager
+def prepare(
+    recipe: Recipe, directory: Path, device: str = "cpu", notify: Any = None
+) -> Iterator[tuple[Sessions, Sequence[Session]]]:
+    """Make, or find, the library and the sessions of a recipe; those for training arrive as long as the context lasts.
 
     Raises
     ------
@@ -358,9 +452,12 @@ def prepare(recipe: Recipe, directory: Path, device: str = "cpu", notify: Any = 
     if not (directory / LIBRARY).exists():
         save_library(directory / LIBRARY, make_library(recipe.seed, ("training", "validation")))
     data = recipe.data
-    training = make_sessions(directory, recipe, "training", data.sessions, data.curves, notify)
     validation = make_sessions(directory, recipe, "validation", data.validation_sessions, data.validation_curves, notify)
-    return [load_session(path, device) for path in training], [load_session(path, device) for path in validation]
+    with ExitStack() as stack:
+        made = stack.enter_context(making(directory, recipe, "training", data.sessions, data.curves, notify))
+        loader = ThreadPoolExecutor(1)
+        stack.callback(loader.shutdown, cancel_futures=True)
+        yield Sessions(made, loader, device), [load_session(path, device) for path in validation]
 
 
 def check_origin(directory: Path, recipe: Recipe) -> None:
@@ -399,16 +496,16 @@ def train(recipe: Recipe, directory: Path, *, device: str = "cpu", notify: Calla
         See `training.train`.
     """
     say = notify or (lambda done, total, word: None)
-    sessions, validation = prepare(recipe, directory, device, lambda done, total: say(done, total, "sessions"))
     state = Training(recipe, device)
     state.resume(directory / CHECKPOINT)
     steps = recipe.schedule.steps
     words = "loss {:.3f}, validation {:.2g}"
-    state.learn(sessions, validation, directory, lambda p: say(p.step, steps, words.format(p.loss, p.validation)))
-    finish(recipe, directory, state, sessions, validation)
+    with prepare(recipe, directory, device, lambda done, total: say(done, total, "sessions")) as (sessions, validation):
+        state.learn(sessions, validation, directory, lambda p: say(p.step, steps, words.format(p.loss, p.validation)))
+        finish(recipe, directory, state, sessions, validation)
 
 
-def finish(recipe: Recipe, directory: Path, state: Training, sessions: list[Session], validation: list[Session]) -> None:
+def finish(recipe: Recipe, directory: Path, state: Training, sessions: Sequence[Session], validation: Sequence[Session]) -> None:
     """Learn what the errors of a trained network are made of, and write the model."""
     started = time.perf_counter()
     network = state.average
@@ -421,14 +518,28 @@ def finish(recipe: Recipe, directory: Path, state: Training, sessions: list[Sess
     (directory / WEIGHTS).write_bytes(save(content))  # save_file would let nobody else read it
     (directory / "recipe.toml").write_text(recipe.source, encoding="utf-8")
     write_history(directory, state.history)
-    card = describe(recipe, state, sha256_of(directory / WEIGHTS), sessions)
+    card = describe(recipe, state, sha256_of(directory / WEIGHTS), sessions, directory)
     write_card(directory, {**card, "calibration": {**calibration, "farthest": round(farthest, 3)}})
 
 
-def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Session]) -> dict[str, Any]:
+def data_digest(directory: Path, recipe: Recipe) -> str:
+    """Give the SHA-256 of all that the sessions and repeats of a training depend on, beside the program."""
+    made_of = {
+        **recipe.origin,
+        "sessions": recipe.data.sessions,
+        "validation_sessions": recipe.data.validation_sessions,
+        "repeats": recipe.data.repeats,
+        "features": VERSION,
+        "library": digest_of_library(directory / LIBRARY),
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def describe(recipe: Recipe, state: Training, sha256: str, sessions: Sequence[Session], directory: Path) -> dict[str, Any]:
     """Compose the card of a trained model, but for its calibration."""
     last = state.history[-1]
-    widths, spans = zip(*(extent(part.operator.smearing) for part in sessions), strict=True)
+    widths, spans = zip(*(extent(part.operator.smearing) for part in sessions[::SPARSE]), strict=True)
+    begun = {"begun_from": recipe.begin} if recipe.begin else {}
     return {
         "name": recipe.name,
         "version": recipe.version,
@@ -436,11 +547,13 @@ def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Sessio
         "weights_sha256": sha256,
         **recipe.card,
         "features": VERSION,
+        "inputs": INPUTS,
         "architecture": {**recipe.architecture.to_dict(), "parameters": state.network.parameter_count},
         "data": {
             "sessions": recipe.data.sessions,
             "curves": sum(len(part.ln_truth) for part in sessions),
             **{split: families_of(split) for split in ("training", "validation", "test")},
+            "sha256": data_digest(directory, recipe),
         },
         "ranges": {
             "points": list(recipe.data.points),
@@ -452,7 +565,9 @@ def describe(recipe: Recipe, state: Training, sha256: str, sessions: list[Sessio
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "hardware": hardware(state.device),
             "seconds": round(state.seconds),
-            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "sasmodels")},
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+            "sasmodels": made_with(directory / LIBRARY),
+            **begun,
         },
     }
 

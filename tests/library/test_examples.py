@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dsnet_bluesky.features import CHANNELS, features_of
+from dsnet_bluesky.library import examples
 from dsnet_bluesky.library.examples import (
     Session,
     draw_instrument_of,
@@ -103,8 +104,8 @@ class TestSession:
         assert rest.families == measured.families[:2] + measured.families[3:]
 
     def test_it_survives_a_file(self, made, tmp_path):
-        save_session(tmp_path / "00000.pt", made)
-        back = load_session(tmp_path / "00000.pt")
+        save_session(tmp_path / "00000.safetensors", made)
+        back = load_session(tmp_path / "00000.safetensors")
         for one, other in zip(made.features, back.features, strict=True):
             assert torch.equal(one, other)
         assert torch.equal(made.ln_truth, back.ln_truth)
@@ -115,14 +116,14 @@ class TestSession:
             assert torch.equal(getattr(made.operator, name), getattr(back.operator, name))
 
     def test_a_crash_while_writing_leaves_no_session(self, made, tmp_path, monkeypatch):
-        def crash(content, path):
+        def crash(content, path, about):
             path.write_bytes(b"half a")
             raise OSError("disk full")
 
-        monkeypatch.setattr(torch, "save", crash)
+        monkeypatch.setattr(examples, "save_file", crash)
         with pytest.raises(OSError, match="disk full"):
-            save_session(tmp_path / "00000.pt", made)
-        assert not (tmp_path / "00000.pt").exists()
+            save_session(tmp_path / "00000.safetensors", made)
+        assert not (tmp_path / "00000.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.library.families import form_factor
 from dsnet_bluesky.training import load_recipe, paper
 from dsnet_bluesky.training.paper import Recipe, make_curves, train
-from dsnet_bluesky.versions import load_model
+from dsnet_bluesky.versions import install_model, load_model
 
 TINY = """
 name = "tiny"
@@ -95,11 +95,19 @@ def test_folder_is_a_model_that_loads(trained, recipe):
     assert model.card["limits"] == recipe.card["limits"]
     assert model.card["figures"]["validation_loss"] == pytest.approx(min(e.validation for e in history), rel=1e-5)
     assert model.card["data"]["sha256"] == make_curves(recipe).digest
+    assert (model.card["inputs"]["dims"], model.card["inputs"]["channels"]) == (["curve", "q"], 1)
+    assert "**Inputs.** ln of the smeared intensity" in (directory / "README.md").read_text(encoding="utf-8")
     assert (directory / "recipe.toml").read_text(encoding="utf-8") == TINY
     assert len(list(csv.DictReader((directory / "history.csv").open()))) == 30
     assert {p.name for p in directory.iterdir()} == {
         "weights.safetensors", "model.toml", "README.md", "recipe.toml", "history.csv", "history.png",
     }  # fmt: skip
+
+
+def test_what_was_trained_can_be_installed(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSNET_MODELS", str(tmp_path))
+    assert install_model(trained[0]).left_out == []
+    assert load_model("tiny").sha256 == load_model(str(trained[0])).sha256
 
 
 def test_same_seed_gives_the_same_weights_and_leaves_the_global_generator_alone(trained, recipe, tmp_path):

@@ -12,17 +12,17 @@ import torch
 
 from dsnet_bluesky import training
 from dsnet_bluesky.data import BadInput, curve
-from dsnet_bluesky.desmearing import prepare
+from dsnet_bluesky.desmearing import desmear, prepare
 from dsnet_bluesky.dsnet import load_network
-from dsnet_bluesky.features import Operator
+from dsnet_bluesky.features import CHANNELS, INPUTS, Operator
 from dsnet_bluesky.library.examples import load_session
 from dsnet_bluesky.library.families import FAMILIES, make_shapes
-from dsnet_bluesky.library.samples import Library, families_of, save_library
+from dsnet_bluesky.library.samples import Library, families_of, load_library, save_library
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.training import paper, uncertainty, unrolled
-from dsnet_bluesky.training.unrolled import Recipe, Training, evaluate, loss_of, make_sessions
+from dsnet_bluesky.training.unrolled import Recipe, Training, data_digest, evaluate, loss_of, make_sessions
 from dsnet_bluesky.unrolled import Answer, Unrolled
-from dsnet_bluesky.versions import load_model
+from dsnet_bluesky.versions import install_model, load_model
 
 pytest.importorskip("sasmodels")
 
@@ -118,12 +118,12 @@ def trained(recipe, library, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sessions(trained):
-    return [load_session(path) for path in sorted((trained[0] / "sessions" / "training").glob("*.pt"))]
+    return [load_session(path) for path in sorted((trained[0] / "sessions" / "training").glob("*.safetensors"))]
 
 
 @pytest.fixture(scope="module")
 def validation(trained):
-    return [load_session(path) for path in sorted((trained[0] / "sessions" / "validation").glob("*.pt"))]
+    return [load_session(path) for path in sorted((trained[0] / "sessions" / "validation").glob("*.safetensors"))]
 
 
 def history_of(directory: Path) -> list[dict[str, str]]:
@@ -164,12 +164,33 @@ class TestTrain:
         card = (directory / "README.md").read_text(encoding="utf-8")
         assert "A tiny model." in card
         assert "fuzzy_sphere" in card
+        assert model.card["inputs"] == INPUTS
+        assert f"channels: {CHANNELS}." in card
         network, seen = load_network(model)
         assert network.config == recipe.architecture
         assert not any(parameter.requires_grad for parameter in network.parameters())
         assert {name: part.shape for name, part in seen.items()} == {"mean": (6,), "whitening": (6, 6)}
         for tensor in (*network.state_dict().values(), *seen.values()):
             assert torch.isfinite(tensor).all()
+
+    def test_card_tells_the_data_by_their_digest(self, trained, recipe, tmp_path):
+        directory, _ = trained
+        digest = load_model(str(directory)).card["data"]["sha256"]
+        assert data_digest(directory, recipe) == digest
+        assert data_digest(directory, Recipe.parse(TINY.replace("A tiny model.", "Else."))) == digest
+        for here, there in (("seed = 11", "seed = 12"), ("repeats = 2", "repeats = 3"), ("[50, 60]", "[50, 61]")):
+            assert data_digest(directory, Recipe.parse(TINY.replace(here, there))) != digest
+        other = workshop(tmp_path, directory / "library.npz")
+        save_library(other / "library.npz", load_library(directory / "library.npz", "training"))
+        assert data_digest(other, recipe) != digest
+
+    def test_finished_model_can_be_installed_and_used_by_its_version(self, trained, tmp_path, monkeypatch):
+        """Beside it lie library, sessions and checkpoint: they stay where they are."""
+        monkeypatch.setenv("DSNET_MODELS", str(tmp_path))
+        assert set(install_model(trained[0]).left_out) == {"checkpoint.pt", "library.npz", "origin.json", "sessions"}
+        q = np.linspace(0.05, 3.0, 80)
+        result = desmear(curve(q, np.exp(-(q**2)), 0.01 + 0 * q), Smearing.gaussian(q, 0.05), "dsnet", model="tiny:latest")
+        assert result.attrs["model"] == "tiny:0.1.0"
 
     def test_finished_model_desmears(self, trained):
         """Through the front door, as a released one."""
@@ -251,15 +272,10 @@ class TestSessions:
         monkeypatch.setattr(unrolled, "ProcessPoolExecutor", ProcessPoolExecutor)
         monkeypatch.setattr(unrolled.os, "cpu_count", lambda: 1)
         (made,) = make_sessions(workshop(tmp_path, library), recipe, "training", 1, recipe.data.curves)
-        one, other = (torch.load(path, weights_only=True) for path in (made, trained[0] / "sessions" / "training" / made.name))
-        assert (one["kind"], one["families"], one["levels"]) == (other["kind"], other["families"], other["levels"])
-        for name in ("smearing", "features"):
-            for part, expected in zip(one[name], other[name], strict=True):
-                assert torch.equal(part, expected)
-        assert torch.equal(one["ln_truth"], other["ln_truth"])
+        assert made.read_bytes() == (trained[0] / "sessions" / "training" / made.name).read_bytes()
 
     def test_what_is_there_is_not_made_again(self, trained, recipe):
-        paths = sorted((trained[0] / "sessions" / "training").glob("*.pt"))
+        paths = sorted((trained[0] / "sessions" / "training").glob("*.safetensors"))
         before = [path.stat().st_mtime_ns for path in paths]
         said = []
         found = make_sessions(trained[0], recipe, "training", 4, recipe.data.curves, lambda *words: said.append(words))
@@ -272,11 +288,13 @@ class TestSessions:
         name = change.split(" =")[0]
         line = next(line for line in TINY.splitlines() if line.startswith(f"{name} ="))
         with pytest.raises(BadInput, match=rf"curves of another recipe \({name} .* there, .* here\); give another"):
-            unrolled.prepare(Recipe.parse(TINY.replace(f"\n{line}\n", f"\n{change}\n", 1)), trained[0])
+            unrolled.check_origin(trained[0], Recipe.parse(TINY.replace(f"\n{line}\n", f"\n{change}\n", 1)))
 
     def test_those_of_a_recipe_with_other_steps_are_used(self, trained):
         longer = Recipe.parse(TINY.replace("steps = 60", "steps = 61"))
-        assert len(unrolled.prepare(longer, trained[0])[0]) == longer.data.sessions
+        with unrolled.prepare(longer, trained[0]) as (sessions, _):
+            assert len(sessions) == longer.data.sessions
+            assert sessions[3].operator.smearing.digest == sessions[:][3].operator.smearing.digest
 
     def test_sets_do_not_mix(self, sessions, validation):
         """No sample of training is made of what choices are made by, nor the other way."""

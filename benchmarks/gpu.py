@@ -1,0 +1,126 @@
+"""Measure dsnet on a GPU: whether it answers as on the CPU, and how many curves a second.
+
+Needs a GPU that torch can use, and nothing of the catalog: numpy, scipy, torch, xarray and safetensors will do.
+
+    python benchmarks/gpu.py --output benchmarks/results/gpu.md     # about a minute
+
+The curves are those of `benchmarks/speed.py`. Agreement is that of ln I between the devices, for curves that both answer with
+the network. Times are of whole calls, `prepared(curves)`, with checks, errors, re-smearing, and the way to the device and
+back; and of the part on the device alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from speed import GRIDS, Grid, spheres, usual
+
+from dsnet_bluesky.desmearing import prepare
+from dsnet_bluesky.dsnet import DSNet
+from dsnet_bluesky.features import features_of
+
+SIZES = (1, 32, 512, 8192)
+COMPARED = 256
+OPTIONS: dict[str, dict[str, Any]] = {"dsnet": {}, "dsnet, half": {"half": True}}
+
+
+def many(grid: Grid, count: int) -> xr.Dataset:
+    """Return as many curves, some of them alike."""
+    made = spheres(grid.build(None), grid.build, min(count, COMPARED))
+    return made.isel(exposure=np.arange(count) % made.sizes["exposure"])
+
+
+def agreement(grid: Grid, options: dict[str, Any]) -> str:
+    """Compare the answers of the two devices."""
+    smearing = grid.build(None)
+    curves = many(grid, COMPARED)
+    network_only = {"consistency": False, "fallback": False}
+    cpu, gpu = (prepare(smearing, "dsnet", **network_only, **more)(curves) for more in ({}, {"device": "cuda", **options}))
+    away = np.abs(np.log(gpu["I"].values / cpu["I"].values))
+    bands = np.abs(gpu["I"].values - cpu["I"].values) / cpu["Idev"].values
+    return f"{np.quantile(away, 0.5):.1e} | {np.quantile(away, 0.999):.1e} | {away.max():.1e} | {bands.max():.1e}"
+
+
+def rates(grid: Grid, options: dict[str, Any]) -> str:
+    """Time calls of several sizes, and the work on the device alone."""
+    smearing = grid.build(None)
+    curves = many(grid, max(SIZES))
+    prepared = prepare(smearing, "dsnet", device="cuda", **options)
+    cells = []
+    for size in SIZES:
+        batch = curves.isel(exposure=slice(size))
+        seconds = usual(lambda batch=batch: prepared(batch), 1.0, 15)
+        cells.append(f"{1e3 * seconds:.1f} ms" if size == 1 else f"{size / seconds:,.0f}")
+    return " | ".join([*cells, f"{on_device(smearing, curves, options):,.0f}"])
+
+
+@torch.inference_mode()
+def on_device(smearing: Any, curves: Any, options: dict[str, Any], size: int = 2048) -> float:
+    """Give curves a second of features and network alone."""
+    method = DSNet(smearing, device="cuda", **options)
+    I, Idev = method.working.curves(curves["I"].values[:size], curves["Idev"].values[:size])
+
+    def once() -> None:
+        features = features_of(method.operator, I, Idev)
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=method.half):
+            method.network(method.operator, features)
+        torch.cuda.synchronize()
+
+    return size / usual(once, 1.5, 20)
+
+
+def rows(measure: Callable[[Grid, dict[str, Any]], str]) -> list[str]:
+    """Return a row of a table for every instrument and method."""
+    found = []
+    for grid in GRIDS.values():
+        for name, options in OPTIONS.items():
+            found.append(f"| {grid.title} | {name} | {measure(grid, options)} |")
+            print(found[-1], flush=True)
+    return found
+
+
+def main() -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    output = parser.parse_args().output
+    started = time.perf_counter()
+    lines = [
+        "# dsnet on a GPU",
+        "",
+        f"`python benchmarks/gpu.py`, {datetime.datetime.now(datetime.UTC).date()}, {torch.cuda.get_device_name()}, "
+        f"torch {torch.__version__}, numpy {np.__version__}; the CPU beside it: {torch.get_num_threads()} thread(s).",
+        "",
+        f"## Agreement with the CPU ({COMPARED} curves, network only)",
+        "",
+        "Differences of ln I: median, 99.9 % quantile, largest; and the largest difference of I in stated errors.",
+        "",
+        "| instrument | method | median | 99.9 % | largest | largest, in Idev |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += rows(agreement)
+    lines += [
+        "",
+        "## Curves a second",
+        "",
+        "| instrument | method | one curve | " + " | ".join(f"{size:,}" for size in SIZES[1:]) + " | device alone, 2,048 |",
+        "|---|---|" + "---|" * (len(SIZES) + 1),
+    ]
+    lines += rows(rates)
+    lines += ["", f"Largest memory of the device in use: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB."]
+    text = "\n".join(lines) + "\n"
+    print(text, f"{time.perf_counter() - started:.0f} s")
+    if output:
+        output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

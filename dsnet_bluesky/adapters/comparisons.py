@@ -1,0 +1,44 @@
+"""Comparisons of what results are asked for most, in words of which databases keep indexes and statistics.
+
+Tiled asks PostgreSQL whether the metadata contain a mapping. Of mappings the database knows nothing: it takes 1 % of the nodes to
+fulfil each such condition, sorts all complete results for a page of ten, and reads the catalog to its end for a run. The same
+question about one key, answered by an index of that key (`indexes`), which serves for sorting too, is planned by the numbers.
+SQLite uses an index of a key only where the key stands in the question itself. Answers are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Boolean, bindparam, text, type_coerce
+from sqlalchemy.dialects.postgresql import JSONB
+from tiled.catalog import adapter
+from tiled.queries import Comparison, Eq, Operator
+
+__all__ = ["KEYS", "VALUES", "compare"]
+
+KEYS = ("raw_uid", "sample_name", "status", "method", "model_order", "original_start_time", "updated", "chi2_largest")
+"""Keys of results' metadata that are compared and sorted by; all hold plain words and numbers."""
+
+VALUES = {"postgresql": "({t}metadata -> '{key}')", "sqlite": """json_extract({t}metadata, '$."{key}"')"""}
+"""What the databases call the value of a key: in PostgreSQL as Tiled sorts by it, in SQLite as it compares with it."""
+
+WORDS = {Operator.lt: "<", Operator.le: "<=", Operator.gt: ">", Operator.ge: ">="}
+
+_tiled = {Eq: adapter.CatalogNodeAdapter.query_registry.dispatch(Eq), Comparison: adapter.comparison}
+
+
+def compare(query: Eq | Comparison, tree: Any) -> Any:
+    """Narrow a container of the catalog to the children whose metadata compare with a value."""
+    dialect = tree.context.engine.dialect.name
+    if dialect not in VALUES or query.key not in KEYS or not isinstance(query.value, str | int | float):
+        return _tiled[type(query)](query, tree)
+    word = WORDS[query.operator] if isinstance(query, Comparison) else "="
+    # In PostgreSQL two JSON values are compared, in SQLite what is in them.
+    value = bindparam("value", query.value, type_=JSONB if dialect == "postgresql" else None, unique=True)
+    condition = text(f"{VALUES[dialect].format(t='nodes.', key=query.key)} {word} :value").bindparams(value).self_group()
+    return tree.new_variation(conditions=[*tree.conditions, type_coerce(condition, Boolean)])
+
+
+for _kind in _tiled:
+    adapter.CatalogNodeAdapter.register_query(_kind, compare)

@@ -1,0 +1,81 @@
+"""What all commands share: the app, their errors, the server's address, and how they print."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+__all__ = ["LOCAL", "METHOD_HELP", "ApiKey", "Commands", "Uri", "app", "connect", "finite", "say"]
+
+METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version or an alias may follow: dsnet:2.0.0, dsnet:latest."
+
+
+class Commands(TyperGroup):
+    """Commands that answer unusable input with one line on stderr and status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            from dsnet_bluesky.data import BadInput
+
+            if not isinstance(error, BadInput):
+                raise
+            say(f"Error: {' '.join(str(error).split())}", style="bold red", stderr=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+def finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Take numbers that are numbers: nan and inf parse as floats too."""
+    if value is not None and not math.isfinite(value):
+        from dsnet_bluesky.data import BadInput
+
+        raise BadInput(f"{param.opts[0]} is {value}; give a finite number.")
+    return value
+
+
+Uri = Annotated[str, typer.Option(envvar="TILED_URI", help="Address of the Tiled server.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="TILED_API_KEY", help="Its API key.", show_default=False)]
+LOCAL = "http://127.0.0.1:8000"
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Desmearing of small-angle scattering, from exposures in Bluesky to results in Tiled."""
+    if version:
+        from dsnet_bluesky import __version__
+
+        say(__version__)
+        raise typer.Exit
+
+
+def say(text: str, *, style: str | None = None, stderr: bool = False) -> None:
+    """Print as it stands: no line is broken, no bracket taken for markup."""
+    Console(stderr=stderr).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def connect(uri: str, api_key: str | None) -> Any:
+    """Return the client of the root of a server, or raise what a user can act on."""
+    import httpx
+    from tiled.client import from_uri
+
+    from dsnet_bluesky.data import BadInput
+
+    try:
+        return from_uri(uri, api_key=api_key)
+    except httpx.TransportError as error:
+        raise BadInput(
+            f"No Tiled server answers at {uri} ({error}); start one with `dsnet-bluesky serve`, or give --uri."
+        ) from error
+    except httpx.HTTPStatusError as error:
+        raise BadInput(f"The Tiled server at {uri} refuses ({error.response.status_code}); check --api-key.") from error

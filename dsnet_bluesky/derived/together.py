@@ -1,0 +1,142 @@
+"""Storing results that are finished before anything of them is stored: many with few requests, each complete at once.
+
+What a result needs beside its own node, the rows, is stored for many results with one request: the first of them
+keeps the rows of all (`ResultWriter.lend`), and each of the others is then one node, complete when it is there. Whatever is
+killed in between leaves whole results, and the first one's node at most, which the backlog finds abandoned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xarray as xr
+from tiled.client.utils import ClientError
+from tiled.structures.core import StructureFamily
+
+from dsnet_bluesky.data import concat_exposures
+from dsnet_bluesky.derived.catalog import CONFLICT, mount
+from dsnet_bluesky.derived.results import (
+    RESULT_SPECS,
+    AlreadyStored,
+    Lent,
+    ResultWriter,
+    begun,
+    quality,
+    source_of_result,
+    with_attrs,
+)
+from dsnet_bluesky.rows import COLUMNS, FIRST, GRID, ROWS, ROWS_OF, columns_of, grid_of
+
+__all__ = ["Finished", "store_together"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A result whose exposures are all there, and all good.
+
+    Attributes
+    ----------
+    key
+        Of `documents.result_key`.
+    metadata
+        Of `documents.result_metadata`.
+    dataset
+        Of `desmearing.desmear`, dims (exposure, q).
+    access_tags
+        Of its raw run, see `derived.access_tags_of`.
+    """
+
+    key: str
+    metadata: Mapping[str, Any]
+    dataset: xr.Dataset
+    access_tags: list[str] | None
+
+
+def store_together(client: Any, results: Iterable[Finished]) -> list[str]:
+    """Store results whose raw runs are in the catalog.
+
+    Parameters
+    ----------
+    client
+        Tiled client of the server's root.
+    results
+        Those that share variables, q and access tags are stored together.
+
+    Returns
+    -------
+    list of str
+        Keys of those that were not stored: a result of this identity was there, in whatever state.
+    """
+    groups: dict[str, list[Finished]] = {}
+    for result in results:
+        groups.setdefault(_alike(result), []).append(result)
+    return [key for group in groups.values() for key in _store(client, group)]
+
+
+def _alike(result: Finished) -> str:
+    """Return a digest of what results must share to be stored together."""
+    columns = [column.to_dict() for column in columns_of(result.dataset)]
+    text = json.dumps([columns, grid_of(result.dataset["q"].values), sorted(result.access_tags or [])], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _store(client: Any, group: Sequence[Finished]) -> list[str]:
+    there: list[str] = []
+    waiting = list(group)
+    while waiting:
+        first = waiting.pop(0)
+        try:
+            writer = ResultWriter.create(client, first.key, first.metadata)
+        except AlreadyStored:
+            there.append(first.key)
+            continue
+        writer.append(first.dataset)
+        lent = writer.lend(concat_exposures([result.dataset for result in waiting])) if waiting else None
+        writer.complete()
+        if lent is not None:
+            there += _store_others(mount(client, "desmeared"), waiting, lent)
+        break
+    return there
+
+
+def _store_others(parent: Any, results: Sequence[Finished], lent: Lent) -> list[str]:
+    """Make a node for each result, with one request, complete; return the keys of those that were there."""
+    there, first = [], lent.first
+    columns = [column.to_dict() for column in lent.columns]
+    for result in results:
+        source = source_of_result({ROWS: lent.place, FIRST: first, COLUMNS: columns})
+        source.structure = {"keys": [column.name for column in lent.columns]}
+        try:
+            parent.new(
+                StructureFamily.container,
+                [source],
+                key=result.key,
+                metadata=_complete(result, lent, first),
+                specs=RESULT_SPECS,
+                access_tags=result.access_tags,
+            )
+        except ClientError as error:
+            if error.response.status_code != CONFLICT:
+                raise
+            there.append(result.key)
+        first += result.dataset.sizes["exposure"]
+    return there
+
+
+def _complete(result: Finished, lent: Lent, first: int) -> dict[str, Any]:
+    said = begun(result.metadata, None)
+    return {
+        **said,
+        "status": "complete",
+        "exposures": result.dataset.sizes["exposure"],
+        ROWS: lent.rows,
+        ROWS_OF: lent.of,
+        FIRST: first,
+        GRID: grid_of(result.dataset["q"].values),
+        **quality(result.dataset["chi2"].values.tolist()),
+        "attrs": with_attrs({**said["attrs"], "status": "complete"}, result.dataset),
+    }

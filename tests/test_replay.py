@@ -1,0 +1,151 @@
+"""Replay makes what is missing, once, beside what is there; and what live work would have made."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from tiled.queries import Key
+from typer.testing import CliRunner
+
+from dsnet_bluesky.callbacks.desmear import desmear_runs
+from dsnet_bluesky.cli import app
+from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.pipeline import Config
+from dsnet_bluesky.questions import Between, OfRun, Quality, Sample
+from dsnet_bluesky.replay import replay
+
+LAKE = Config(method="lake", bins=100, per_bin=64)
+WIENER = dataclasses.replace(LAKE, method="wiener")
+
+
+@pytest.fixture
+def uids(line) -> list[str]:
+    """Three runs, of one, two and one exposures."""
+    line.beam()
+    return [line.sample(), line.sample(exposures=2), line.sample()]
+
+
+def state_of(line, uid: str, method: str) -> dict[str, Any]:
+    (node,) = line.client["desmeared"].search(Key("raw_uid") == uid).search(Key("method") == method).values()
+    return {"key": node.item["id"], **dict(node.metadata)}
+
+
+def test_what_is_missing_is_made_once(line, uids):
+    asked = [OfRun(*uids)]
+    found = replay(line.client, config=LAKE, questions=asked, workers=0, batch=2)
+    assert (found.found, found.before, found.to_do, found.stored, found.complete) == (3, 0, 3, 3, True)
+    before = [state_of(line, uid, "lake") for uid in uids]
+    again = replay(line.client, config=LAKE, questions=asked, workers=0)
+    assert (again.before, again.to_do, again.stored) == (3, 0, 0)
+    other = replay(line.client, config=WIENER, questions=asked, workers=0)
+    assert other.stored == 3
+    assert [state_of(line, uid, "lake") for uid in uids] == before, "old results are not touched"
+    assert [len(line.results(uid)) for uid in uids] == [2, 2, 2]
+
+
+def test_live_and_replay_are_one(line, uids):
+    """Live work finds what was replayed, replay finds what was live, and both compute the same."""
+    desmear_runs(line.client, uids[:2], config=LAKE)
+    found = replay(line.client, config=LAKE, questions=[OfRun(*uids)], workers=0)
+    assert (found.before, found.stored) == (2, 1)
+    assert desmear_runs(line.client, uids, config=LAKE).stored_before == 3
+    checked = replay(line.client, config=LAKE, questions=[OfRun(*uids)], workers=0, verify=True)
+    assert (checked.same, checked.different, checked.complete) == (3, {}, True)
+    live, replayed = (state_of(line, uid, "lake") for uid in uids[1:])
+    differ = {name for name in live if name in replayed and live[name] != replayed[name]}
+    own = {"key", "raw_uid", "original_start_uid", "original_start_time", "original_scan_id", "parent_uids", "parent_node_map"}
+    assert differ <= own | {
+        "pairing",
+        "deferred",
+        "exposures",
+        "rows",
+        "writer",
+        "updated",
+        "chi2_median",
+        "chi2_largest",
+        "attrs",
+    }
+    assert replayed["deferred"] == "Replayed from the catalog."
+
+
+def test_what_differs_is_named(line, uids):
+    """A result that was stored by another program, as it were."""
+    replay(line.client, config=LAKE, questions=[OfRun(uids[0])], workers=0)
+    node = line.result(uids[0])
+    rows = node[node.metadata["rows"]]
+    values = rows.read()
+    rows.patch(np.where(values > 0, 1.5 * values, values), offset=(0,))
+    found = replay(line.client, config=LAKE, questions=[OfRun(uids[0])], workers=0, verify=True)
+    assert list(found.different) == [node.item["id"]]
+    assert not found.complete
+
+
+def test_failures_are_results_with_reasons(line):
+    """A broken file, a file that is gone: each run fails by itself, and the others of the batch do not."""
+    line.beam()
+    good, broken, gone = line.sample(), line.sample(exposures=2), line.sample()
+    line.file_of(broken).write_bytes(b"no HDF5 at all")
+    line.file_of(gone).unlink()
+    asked = [OfRun(good, broken, gone)]
+    found = replay(line.client, config=LAKE, questions=asked, workers=0)
+    assert (found.stored, found.to_do) == (1, 3)
+    assert not found.complete
+    assert sum("cannot be opened as HDF5" in reason for reason in found.failed) == 1
+    assert {line.result(uid).metadata["status"] for uid in (broken, gone)} == {"failed"}
+    assert replay(line.client, config=LAKE, questions=asked, workers=0).to_do == 0, "not for ever"
+    assert replay(line.client, config=LAKE, questions=asked, workers=0, retry_failed=True).to_do == 2
+    assert line.result(good).read().sizes["exposure"] == 1
+
+
+def test_no_direct_beam(line):
+    uid = line.sample(direct_beam_uid="not-there")
+    found = replay(line.client, config=LAKE, questions=[OfRun(uid)], workers=0)
+    assert "the catalog does not hold it" in next(iter(found.failed))
+    assert line.result(uid).metadata["failure"]["kind"] == "direct_beam"
+
+
+def test_a_dry_run_and_limits(line, uids):
+    asked = [OfRun(*uids)]
+    dry = replay(line.client, config=LAKE, questions=asked, workers=0, dry_run=True)
+    assert (dry.to_do, dry.stored) == (3, 0)
+    assert not any(line.results(uid) for uid in uids)
+    assert replay(line.client, config=LAKE, questions=asked, workers=0, limit=2, batch=1).stored == 2
+    assert replay(line.client, config=LAKE, questions=asked, workers=0).stored == 1
+
+
+def test_questions_choose_runs(line, uids):
+    times = [line.client["raw"][uid].metadata["start"]["time"] for uid in uids]
+    chosen = [OfRun(*uids), Sample("AgBh"), Between(times[1], times[2])]
+    assert replay(line.client, config=LAKE, questions=chosen, workers=0, dry_run=True).to_do == 1
+    with pytest.raises(BadInput, match=r"asked of results; runs to replay are chosen by sample, run"):
+        replay(line.client, config=LAKE, questions=[Quality(2.0)], workers=0)
+    with pytest.raises(BadInput, match=r"holds no sample run that is Sample\(name='gold'\)"):
+        replay(line.client, config=LAKE, questions=[Sample("gold")], workers=0)
+
+
+def test_unusable_input_is_refused_before_anything_is_begun(line):
+    with pytest.raises(BadInput, match=r"no model 'dsnet:9\.0\.0'"):
+        replay(line.client, model="dsnet:9.0.0")
+    with pytest.raises(BadInput, match="A batch holds at least one run"):
+        replay(line.client, config=LAKE, batch=0)
+    asked = [OfRun(line.sample(direct_beam_uid="any"))]
+    with pytest.raises(BadInput, match=r"No scheduler of dask answers at tcp://127\.0\.0\.1:9 .*start one with `dask scheduler`"):
+        replay(line.client, config=LAKE, questions=asked, dask="tcp://127.0.0.1:9")
+
+
+def test_the_command_in_a_cluster_of_its_own(served, served_line):
+    """Real processes, a real server; a second start does nothing."""
+    served_line.beam()
+    uids = [served_line.sample() for _ in range(3)]
+    server = ["--uri", served.uri, "--api-key", served.api_key]
+    command = ["replay", "--model", "lake", "--workers", "2", "--batch", "2", *server, "--json"]
+    command += [part for uid in uids for part in ("--query", f"run={uid}")][:2]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    found = json.loads(first.stdout.splitlines()[-1])
+    assert (found["to_do"], found["stored"], found["complete"]) == (1, 1, True)
+    second = CliRunner().invoke(app, [*command[:-3], "--verify", *command[-2:]])
+    assert second.exit_code == 0, second.output
+    assert "1 results computed again are equal, 0 differ" in second.output
