@@ -18,7 +18,8 @@ from dsnet_bluesky.library.families import FAMILIES, make_shapes
 from dsnet_bluesky.library.instruments import Instrument
 from dsnet_bluesky.library.samples import Library, load_library, make_library, save_library
 from dsnet_bluesky.smearing import Smearing
-from dsnet_bluesky.training.unrolled import Recipe, Training
+from dsnet_bluesky.training.recipes import Recipe
+from dsnet_bluesky.training.unrolled import Training
 from dsnet_bluesky.unrolled import Answer, UNet, Unrolled, UnrolledConfig, blend
 
 SEED = 2026

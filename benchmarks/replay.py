@@ -25,11 +25,13 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import yaml
 from bluesky import RunEngine
 from bluesky import plan_stubs as bps
@@ -41,18 +43,24 @@ from provenance import provenance
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from tiled.catalog import orm
+from tiled.utils import ensure_specified_sql_driver
 
+from dsnet_bluesky.adapters.indexes import create_indexes
+from dsnet_bluesky.derived import Finished, store_together
 from dsnet_bluesky.pipeline import Config, prepare_exposures
 from dsnet_bluesky.plans import Instrument, direct_beam, expose
 from dsnet_bluesky.questions import Model
 from dsnet_bluesky.replay import Summary, replay
+from dsnet_bluesky.replay.service import BATCH
 from dsnet_bluesky.server import Server
 from dsnet_bluesky.sim import SaxsCamera, SimBeamline
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("bluesky", "tiled", "distributed", "torch", "pyFAI")
 ORIGINALS = 20
-AT_ONCE = 500
+AT_ONCE = 512
+COMPUTING = ("reducing", "desmearing")
+KEPT = ("raw_uid", "method", "model_version", "model_order", "config", "config_sha256", "model_sha256", "sample_name")
 BEAMSTOP = 2.8e-3
 
 
@@ -94,8 +102,8 @@ async def multiply(database: str, uids: Sequence[str], count: int) -> None:
     async with AsyncSession(engine, expire_on_commit=False) as session:
         originals = [await _tree(session, uid) for uid in uids]
         for first in range(0, count - len(uids), AT_ONCE):
-            for number in range(first, min(first + AT_ONCE, count - len(uids))):
-                await _copy(session, originals[number % len(originals)], number)
+            numbers = range(first, min(first + AT_ONCE, count - len(uids)))
+            await _copy(session, [(originals[number % len(originals)], number) for number in numbers])
             await session.commit()
     await engine.dispose()
 
@@ -123,57 +131,99 @@ def _values(row: Any, **changes: Any) -> dict[str, Any]:
     return {**kept, **changes}
 
 
-async def _copy(session: AsyncSession, tree: list[tuple[Any, list[Any]]], number: int) -> None:
-    uid, ids = str(uuid.uuid4()), {}
-    for node, sources in tree:
-        changes: dict[str, Any] = {"parent": ids.get(node.parent, node.parent)}
-        if not ids:
-            metadata = copy.deepcopy(node.metadata_)
-            metadata["start"] |= {"uid": uid, "time": metadata["start"]["time"] + 1e-3 * (number + 1), "scan_id": 1000 + number}
-            metadata["stop"] |= {"run_start": uid}
-            changes |= {"key": uid, "metadata_": metadata}
-        new = orm.Node(**_values(node, **changes))
-        session.add(new)
+async def _copy(session: AsyncSession, trees: Sequence[tuple[list[tuple[Any, list[Any]]], int]]) -> None:
+    """Copy trees of the same shape, each with a number: all runs, then all streams, then what lies in them."""
+    ids: list[dict[int, int]] = [{} for _ in trees]
+    for place in range(len(trees[0][0])):
+        new = [_node(tree[place][0], number, known) for (tree, number), known in zip(trees, ids, strict=True)]
+        session.add_all(new)
         await session.flush()
-        ids[node.id] = new.id
-        for source, assets in sources:
-            made = orm.DataSource(**_values(source, node_id=new.id))
-            session.add(made)
-            await session.flush()
-            for asset in assets:
-                await session.execute(insert(orm.DataSourceAssetAssociation).values(**_values(asset, data_source_id=made.id)))
+        sources = []
+        for (tree, _), known, node in zip(trees, ids, new, strict=True):
+            old, described = tree[place]
+            known[old.id] = int(node.id)  # type: ignore[arg-type]
+            sources += [(orm.DataSource(**_values(source, node_id=node.id)), assets) for source, assets in described]
+        session.add_all([source for source, _ in sources])
+        await session.flush()
+        rows = [_values(asset, data_source_id=source.id) for source, assets in sources for asset in assets]
+        if rows:
+            await session.execute(insert(orm.DataSourceAssetAssociation), rows)
 
 
-def whole(server: Server, folder: Path, runs: int) -> tuple[list[str], Summary]:
+def _node(old: Any, number: int, known: dict[int, int]) -> orm.Node:
+    changes: dict[str, Any] = {"parent": known.get(old.parent, old.parent)}
+    if not known:  # the run itself
+        uid, metadata = str(uuid.uuid4()), copy.deepcopy(old.metadata_)
+        metadata["start"] |= {"uid": uid, "time": metadata["start"]["time"] + 1e-3 * (number + 1), "scan_id": 1000 + number}
+        metadata["stop"] |= {"run_start": uid}
+        changes |= {"key": uid, "metadata_": metadata}
+    return orm.Node(**_values(old, **changes))
+
+
+def whole(server: Server, folder: Path, runs: int) -> tuple[list[str], Cost]:
     """Replay an archive, once and again."""
     uids = Beamline(server, folder).expose(min(ORIGINALS, runs))
-    database = yaml.safe_load(server.config.read_text())["trees"][0]["args"]["uri"]
-    if database.startswith("sqlite:"):
-        database = database.replace("sqlite:", "sqlite+aiosqlite:", 1).replace("${DSNET_DATA}", str(server.data_directory))
-    asyncio.run(multiply(database, uids, runs))
+    database = yaml.safe_load(server.config.read_text())["trees"][0]["args"]["uri"].replace(
+        "${DSNET_DATA}", str(server.data_directory)
+    )
+    asyncio.run(multiply(ensure_specified_sql_driver(database), uids, runs))
+    create_indexes(database)  # as `dsnet-bluesky index` does
     client = server.client()
     assert len(client["raw"]) == runs + 1
-    started = time.monotonic()
+    reports: list[tuple[float, int]] = []
 
     def tell(so_far: Summary) -> None:
+        reports.append((time.monotonic(), so_far.stored))
         rate = so_far.stored / (time.monotonic() - started)
         print(f"\r{so_far.stored} of {runs}, {rate:.1f}/s", end="", file=sys.stderr, flush=True)
 
+    started, before = time.monotonic(), _cpu(server.pid)
     first = replay(client, model="dsnet", notify=tell)
+    cost = Cost((_cpu(server.pid) - before) / runs, sum(first.seconds[part] for part in COMPUTING) / runs)
     second = replay(client, model="dsnet")
     checked = replay(client, model="dsnet", verify=True, limit=min(256, runs))
     found = client["desmeared"].search(Model("dsnet", "==2.0.0"))
     readable = sum(node.read()["I"].notnull().all().item() for node in found.values()[:50])
     each = {name: f"{1e3 * seconds / runs:.1f}" for name, seconds in first.seconds.items()}
+    (begin, done), (end, total) = reports[len(reports) // 4], reports[-1]
     lines = [
-        f"- {first.stored} of {runs} runs stored in {first.wall:.0f} s: **{first.stored / first.wall:.1f} results a second**; "
-        f"{sum(first.failed.values())} failed. `Model('dsnet', '==2.0.0')` finds {len(found)}; of the first 50 "
+        f"- {first.stored} of {runs} runs stored in {first.wall:.0f} s, the start of the workers included: "
+        f"**{first.stored / first.wall:.1f} results a second** ({(total - done) / max(end - begin, 1e-9):.1f} once they run); "
+        f"{sum(first.failed.values())} failed. `Model('dsnet', '==2.0.0')` finds {len(found)}; of the first {min(50, runs)} "
         f"{readable} were read and are whole.",
-        "- Time of the workers for a run, in ms: " + ", ".join(f"{name} {value}" for name, value in each.items()) + ".",
+        "- Time of the workers for a run, in ms: " + ", ".join(f"{name} {value}" for name, value in each.items()) + "; "
+        f"of the server's process: {1e3 * cost.server:.1f}.",
         f"- A second replay: {second.to_do} to do, {second.wall:.1f} s.",
         f"- Computed again and compared: {checked.same} equal, {len(checked.different)} differ.",
+        f"- Storing by itself, one client, batches of {BATCH}: {storing(client, found):.0f} results a second.",
     ]
-    return lines, first
+    return lines, cost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a processor for a run: of the server, and of a worker that reduces and desmears."""
+
+    server: float
+    computing: float
+
+
+def _cpu(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def storing(client: Any, found: Any) -> float:
+    """Give results a second that are stored when nothing is to compute: copies of stored ones, under other keys."""
+    nodes = list(found.values()[:AT_ONCE])
+    copies = [
+        Finished(uuid.uuid4().hex, {name: node.metadata[name] for name in KEPT if name in node.metadata}, node.read(), None)
+        for node in nodes
+    ]
+    begin = time.perf_counter()
+    for first in range(0, len(copies), BATCH):
+        assert not store_together(client, copies[first : first + BATCH])
+    return len(copies) / (time.perf_counter() - begin)
 
 
 def rate_of(processes: int, frames: Path, seconds: float) -> float:
@@ -212,27 +262,25 @@ def parts(folder: Path, seconds: float) -> list[str]:
     np.savez(frames, beam=beam, sample=sample, mask=camera.mask(BEAMSTOP), poni=np.array(json.dumps(dict(camera.poni))))
     one, two = (rate_of(processes, frames, seconds) for processes in (1, 2))
     return [
-        f"- Computing by itself (reduction and dsnet, batches of 64, frames in memory): {one:.0f} runs a second in one process, "
+        f"- Computing by itself (reduction and dsnet, batches of 64, frames in memory; curves that need no "
+        f"proximal steps): {one:.0f} runs a second in one process, "
         f"{two:.0f} in two: {two / one:.2f} times."
     ]
 
 
-def million(summary: Summary) -> list[str]:
+def million(cost: Cost) -> list[str]:
     """Work out from the measured times what a million runs would need."""
-    runs = max(1, summary.stored)
-    storing = summary.seconds["storing"] / runs
-    computing = (summary.wall * (os.cpu_count() or 1) / runs) - storing
-    hours = 1e6 * summary.wall / runs / 3600
+    most = 1 / cost.server
+    servers = 1e6 / 3600 / most
     return [
         "",
         "## A million runs",
         "",
-        f"At the rate above: {hours:.1f} hours on this machine. Of its cores' time, storing takes {1e3 * storing:.0f} ms a run "
-        f"as the workers see it, everything else {1e3 * computing:.0f} ms, the server's share included. Computing spreads over "
-        "workers; requests do not spread beyond the server: with one request a result and two to read a run, 12 ms each, "
-        f"one server process takes about {1 / (3 * 0.012):.0f} runs a second, and more workers than saturate it are in vain. "
-        "A million runs in an hour are 280 a second: some ten server processes on one PostgreSQL, and as many workers as "
-        f"{280 * computing:.0f} cores.",
+        f"A run takes {1e3 * cost.server:.0f} ms of the server's process, and {1e3 * cost.computing:.0f} ms of a worker for "
+        f"reducing and desmearing. One server process is saturated at {most:.0f} results a second: {1e6 / most / 3600:.1f} hours "
+        f"for a million, and more than {most * cost.computing + 1:.0f} workers are in vain. In one hour: {servers:.0f} server "
+        "processes on one PostgreSQL (as far as it follows: one was measured), and "
+        f"{1e6 / 3600 * cost.computing:.0f} cores of workers, beside what PostgreSQL itself and reading the frames take.",
     ]
 
 
@@ -248,15 +296,15 @@ def main() -> None:
     load = os.getloadavg()[0]
     command = shlex.join(["python", "benchmarks/replay.py", *sys.argv[1:]])
     lines = ["# Replay of an archive", "", provenance(command, PACKAGES), f"Load of the machine before: {load:.1f}."]
-    summary = Summary("")
+    cost = Cost(1.0, 1.0)
     with tempfile.TemporaryDirectory() as temporary:
         for database in databases:
             folder = Path(temporary) / database
             server = Server(folder / "data", timeout=300)
             with on_services(server) if database == "postgresql" else nullcontext(), server:
-                found, summary = whole(server, server.data_directory / "detector", runs)
+                found, cost = whole(server, server.data_directory / "detector", runs)
             lines += ["", f"## {runs:,} runs of one exposure, Pilatus 100k, on {database}", "", *found]
-        lines += ["", "## Parts by themselves", "", *parts(Path(temporary), 3.0 if options.quick else 20.0), *million(summary)]
+        lines += ["", "## Parts by themselves", "", *parts(Path(temporary), 3.0 if options.quick else 20.0), *million(cost)]
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "replay.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -52,8 +52,11 @@ BATCH_NODES = 20_000
 DEVICE_BATCH_NODES = 2_000_000
 """The same for other devices: enough work to fill them, in some 3 GB."""
 
-PROXIMAL_ENTRIES = 4_000_000
-"""Elements of the matrices that proximal steps work on at once: each curve has its own."""
+PROXIMAL_ENTRIES = 400_000
+"""Elements of the matrices that proximal steps work on at once on a CPU: each curve has its own, and they stay in its caches."""
+
+DEVICE_PROXIMAL_ENTRIES = 4_000_000
+"""The same for other devices."""
 
 SILENT = 0.3
 """A curve whose mean squared signal is below this, in units of its noise, is less than noise: empty, or its errors are wrong."""
@@ -173,7 +176,8 @@ class DSNet:
     def _missed(self, chi2: Tensor) -> tuple[Tensor, ...]:
         """Rows of answers that are to take proximal steps, a few at a time: each needs matrices of its own."""
         rows = (chi2 > MISSED).nonzero()[:, 0]
-        few = max(1, PROXIMAL_ENTRIES // self.operator.smearing.q_calc.size**2)
+        entries = PROXIMAL_ENTRIES if chi2.device.type == "cpu" else DEVICE_PROXIMAL_ENTRIES
+        few = max(1, entries // self.operator.smearing.q_calc.size**2)
         return rows.split(few) if self.consistency and rows.numel() else ()
 
     def _chi2(self, ln_I: Tensor, I: Tensor, Idev: Tensor) -> Tensor:

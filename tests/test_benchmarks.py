@@ -1,8 +1,9 @@
-"""The benchmarks on frames, on questions and on measured data and the ablation still run, and their reports are whole."""
+"""The benchmarks on frames, questions, replay and measured data and the ablation still run, and their reports are whole."""
 
 import importlib
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_a_quick_run_asks_every_question(tmp_path, monkeypatch):
     assert all(
         re.search(rf"^\| `{name}`(?: \| [0-9]+ \([0-9]+\)){{5}} \|$", report, re.MULTILINE) for name in ("OfRun", "Latest")
     )
+
+
+def test_a_quick_replay_stores_every_run(tmp_path):
+    """In a process of its own: it starts further ones."""
+    command = [sys.executable, str(BENCHMARKS / "replay.py"), "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    report = (tmp_path / "replay.md").read_text(encoding="utf-8")
+    assert "- 40 of 40 runs stored in " in report
+    assert "finds 40; of the first 40 40 were read and are whole." in report
+    assert "- A second replay: 0 to do, " in report
+    assert "- Computed again and compared: 40 equal, 0 differ." in report
 
 
 def test_the_quick_ablation_writes_a_whole_report(tmp_path, monkeypatch):

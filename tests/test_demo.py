@@ -10,11 +10,14 @@ from bluesky import plan_stubs as bps
 from bluesky_tiled_plugins import TiledWriter
 from ophyd_async.plan_stubs import ensure_connected
 from rich.console import Console
+from tiled.queries import Key
 
 from dsnet_bluesky import demo
 from dsnet_bluesky.derived import register_curves, register_psf
 from dsnet_bluesky.plans import Instrument, desmearing_scan
 from dsnet_bluesky.reduction import Reduction
+from dsnet_bluesky.replay import replay
+from dsnet_bluesky.server import Server
 from dsnet_bluesky.sim import PAPER_SLITS, SaxsCamera, Setting, SilverBehenate, SimBeamline
 
 
@@ -36,6 +39,20 @@ def test_demo_desmears_live_and_comes_closer_to_the_truth(tmp_path):
     assert "0.8 x 0.5 mm" in text
     assert f"dsnet-bluesky serve --directory {tmp_path / 'data'}" in text
     assert "from_uri(" in text
+    _check_replay(tmp_path / "data")
+
+
+def _check_replay(data):
+    """Live and replay are one pipeline: what the demonstration desmeared is there, and would come out the same."""
+    with Server(data, timeout=200) as server:
+        client = server.client()
+        runs = len(client["raw"].search(Key("purpose") == "sample"))
+        before = {key: node.metadata["updated"] for key, node in client["desmeared"].items()}
+        summary = replay(client, model="dsnet", workers=0)
+        assert (summary.to_do, summary.before) == (0, runs)
+        checked = replay(client, model="dsnet", workers=0, verify=True)
+        assert (checked.same, checked.different) == (runs, {})
+        assert {key: node.metadata["updated"] for key, node in client["desmeared"].items()} == before
 
 
 def test_closure_through_the_catalog(RE, client, detector_directory):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from tiled.client import record_history
 from tiled.client.array import ArrayClient
 from tiled.client.utils import ClientError
 from tiled.client.xarray import DatasetClient
@@ -29,6 +30,8 @@ from dsnet_bluesky.derived import (
     LostClaim,
     NoRawRun,
     ResultWriter,
+    raw_frames,
+    raw_frames_of,
     register_all,
     register_curves,
     register_psf,
@@ -479,10 +482,8 @@ def test_a_server_without_our_mounts_is_named(make_client, key):
 
 
 def test_a_server_without_our_adapter_is_told_what_it_lacks(make_client, key, store_raw_run, monkeypatch):
-    described = results.source_of_result
-    monkeypatch.setattr(
-        results, "source_of_result", lambda *a: dataclasses.replace(described(*a), mimetype="application/x-unknown")
-    )
+    described = results._source
+    monkeypatch.setattr(results, "_source", lambda *a: dataclasses.replace(described(*a), mimetype="application/x-unknown"))
     client = make_client()
     store_raw_run(client, "raw-1")
     with pytest.raises(BadInput, match="add adapters_by_mimetype of /desmeared"):
@@ -501,6 +502,21 @@ def test_derived_nodes_carry_the_tags_of_their_run(make_client, key, tmp_path: P
     nodes = [client["raw"][uid], client["curves"][uid], client["psfs"][uid], client["desmeared"][key]]
     nodes.append(client["desmeared"][key, "I"])
     assert [list(node.access_tags) for node in nodes] == [["proposal-1"]] * 5
+
+
+def test_frames_of_many_runs_are_found_with_two_requests(client, store_raw_run, tmp_path: Path, write_edf, poni, beam_frame):
+    files = [write_edf(f"many-{number}", beam_frame) for number in range(3)]
+    uids = [ingest([file], client=client, purpose="direct_beam", poni=poni)[0] for file in files]
+    store_raw_run(client, empty := str(uuid.uuid4()))
+    runs = {uid: client["raw"][uid] for uid in [*uids[:2], empty]}
+    raw = client["raw"]
+    with record_history() as history:
+        found = raw_frames_of(raw, runs)
+    assert len(history.requests) == 2
+    assert list(found) == list(runs), "and no others"
+    assert str(found.pop(empty)) == f"Run {empty} holds no frames: no stream with an image that was written to a file."
+    for uid, frames in found.items():
+        assert frames.exposures() == raw_frames(runs[uid]).exposures()
 
 
 class TestStoredTogether:
@@ -537,6 +553,42 @@ class TestStoredTogether:
         assert store_together(client, results) == [results[0].key, results[1].key]
         assert dict(client["desmeared"][results[0].key].metadata) == before
         assert len(client["desmeared"].search(Key("raw_uid") == results[2].metadata["raw_uid"])) == 1
+
+    def test_one_that_is_there_does_not_keep_the_others_away(self, client, store_raw_run):
+        results = self.finished(client, store_raw_run, 4)
+        assert store_together(client, results[2:3]) == []
+        assert store_together(client, results) == [results[2].key]
+        for result in results:
+            assert np.array_equal(client["desmeared"][result.key].read()["I"].values, result.dataset["I"].values)
+
+    def test_subscribers_hear_of_each(self, served, store_raw_run):
+        client, told = served.client(), {}
+        heard = client["desmeared"].subscribe()
+
+        def hear(news):  # by name: Tiled holds on to it weakly
+            told[news.key] = news.model_dump(exclude={"subscription"})
+
+        heard.child_created.add_callback(hear)
+        with heard.start_in_thread():
+            results = self.finished(client, store_raw_run, 3)
+            store_together(client, results)
+            deadline = time.monotonic() + 20
+            while len(told) < 3 and time.monotonic() < deadline:
+                time.sleep(0.05)
+        assert set(told) == {result.key for result in results}
+        first, *others = (told[result.key] for result in results)
+        for other, result in zip(others, results[1:], strict=True):
+            assert set(other) == set(first), "Tiled's own words"
+            assert {key: other[key] for key in ("type", "structure_family", "specs")} == {
+                key: first[key] for key in ("type", "structure_family", "specs")
+            }
+            assert other["metadata"]["raw_uid"] == result.metadata["raw_uid"]
+            assert set(other["data_sources"][0]) == set(first["data_sources"][0])
+
+    def test_a_server_without_the_route_is_told_what_it_lacks(self, make_client, store_raw_run):
+        client = make_client(routers=[])
+        with pytest.raises(BadInput, match="storing:router"):
+            store_together(client, self.finished(client, store_raw_run, 2))
 
     def test_other_grids_are_stored_by_themselves(self, client, store_raw_run):
         one, other = self.finished(client, store_raw_run, 2)

@@ -2,7 +2,7 @@
 
 Tiled finds these classes by MIME type (``adapters_by_mimetype`` in
 ``tiled_config/embedded.yml``). Whoever finds one of them has taught the server the query `questions.Latest`
-(`latest`), and to compare faster (`comparisons`).
+(`latest`), that of `within`, and to compare faster (`comparisons`).
 """
 
 import dsnet_bluesky.adapters.numbering  # noqa: F401 - teaches the server about numbered files
@@ -10,19 +10,24 @@ import dsnet_bluesky.adapters.numbering  # noqa: F401 - teaches the server about
 from .comparisons import compare
 from .frames import CURVE_MIMETYPE, MASK, PSF_MIMETYPE, CurveAdapter, FabioAdapter, PSFAdapter
 from .latest import latest
-from .results import RESULT_MIMETYPE, ResultAdapter
+from .results import RESULT_MIMETYPE, RESULT_SPECS, ResultAdapter
 from .tables import TableAdapter
+from .within import DEPTH, WithinRuns, within
 
 __all__ = [
     "CURVE_MIMETYPE",
+    "DEPTH",
     "MASK",
     "PSF_MIMETYPE",
     "RESULT_MIMETYPE",
+    "RESULT_SPECS",
     "CurveAdapter",
     "FabioAdapter",
     "PSFAdapter",
     "ResultAdapter",
     "TableAdapter",
+    "WithinRuns",
     "compare",
     "latest",
+    "within",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Boolean, bindparam, text, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
 from tiled.catalog import adapter
-from tiled.queries import Comparison, Eq, Operator
+from tiled.queries import Comparison, Eq, In, Operator
 
 __all__ = ["KEYS", "VALUES", "compare"]
 
@@ -25,17 +25,20 @@ VALUES = {"postgresql": "({t}metadata -> '{key}')", "sqlite": """json_extract({t
 
 WORDS = {Operator.lt: "<", Operator.le: "<=", Operator.gt: ">", Operator.ge: ">="}
 
-_tiled = {Eq: adapter.CatalogNodeAdapter.query_registry.dispatch(Eq), Comparison: adapter.comparison}
+_tiled = {kind: adapter.CatalogNodeAdapter.query_registry.dispatch(kind) for kind in (Eq, Comparison, In)}
 
 
-def compare(query: Eq | Comparison, tree: Any) -> Any:
-    """Narrow a container of the catalog to the children whose metadata compare with a value."""
+def compare(query: Eq | Comparison | In, tree: Any) -> Any:
+    """Narrow a container of the catalog to the children whose metadata compare with a value, or with one of several."""
     dialect = tree.context.engine.dialect.name
-    if dialect not in VALUES or query.key not in KEYS or not isinstance(query.value, str | int | float):
+    several = isinstance(query, In)
+    values = query.value if isinstance(query, In) else [query.value]
+    if dialect not in VALUES or query.key not in KEYS or not values or not all(isinstance(v, str | int | float) for v in values):
         return _tiled[type(query)](query, tree)
-    word = WORDS[query.operator] if isinstance(query, Comparison) else "="
+    word = "IN" if several else WORDS[query.operator] if isinstance(query, Comparison) else "="
     # In PostgreSQL two JSON values are compared, in SQLite what is in them.
-    value = bindparam("value", query.value, type_=JSONB if dialect == "postgresql" else None, unique=True)
+    kind = JSONB if dialect == "postgresql" else None
+    value = bindparam("value", values if several else values[0], type_=kind, unique=True, expanding=several)
     condition = text(f"{VALUES[dialect].format(t='nodes.', key=query.key)} {word} :value").bindparams(value).self_group()
     return tree.new_variation(conditions=[*tree.conditions, type_coerce(condition, Boolean)])
 

@@ -20,15 +20,19 @@ import zarr
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from tiled.adapters.xarray import DatasetAdapter
+from tiled.structures.core import Spec
 
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.rows import COLUMNS, FIRST, ROWS, Column, parse_columns, unpack, width_of
 
 from .serving import MOST_EXPOSURES, DerivedAdapter, confined, explained
 
-__all__ = ["RESULT_MIMETYPE", "ResultAdapter"]
+__all__ = ["RESULT_MIMETYPE", "RESULT_SPECS", "ResultAdapter"]
 
 RESULT_MIMETYPE = "application/x-dsnet-result"
+
+RESULT_SPECS = [Spec("dsnet_desmeared", version="1"), Spec("xarray_dataset")]
+"""Tiled takes the first spec that a client knows: ours, where this package is installed."""
 
 MOST_BYTES = 2**31
 """Of the rows of a result."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,6 +103,15 @@ def summed(exposure: Exposure) -> NDArray:
     return sum_frames(stack, len(stack), str(exposure.instrument.poni.get("detector", "")))
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """Times and uids of the catalog's direct beams, for samples from one time to another."""
+
+    first: float
+    last: float
+    beams: list[tuple[float, str]]
+
+
 class DirectBeams:
     """The direct beams seen so far, and those of the catalog.
 
@@ -122,7 +131,7 @@ class DirectBeams:
         self._raw, self._config, self._max_age, self._by_hand = raw, config, max_age, by_hand
         self._seen: OrderedDict[str, DirectBeam] = OrderedDict()
         self._prepared: OrderedDict[tuple, PreparedExposures] = OrderedDict()
-        self._listed: list[tuple[float, str]] | None = None
+        self._listed: _Listed | None = None
 
     def add(self, exposure: Exposure) -> None:
         """Note an exposure of the direct beam."""
@@ -232,29 +241,30 @@ class DirectBeams:
 
     def _stored(self, time: float) -> list[tuple[float, str]]:
         """Return times and uids of the catalog's direct beams before `time`, the newest `LOOK_BACK`."""
-        if self._listed is not None:
-            return sorted((beam for beam in self._listed if beam[0] <= time), reverse=True)[:LOOK_BACK]
+        if self._listed and self._listed.first <= time <= self._listed.last:
+            return sorted((beam for beam in self._listed.beams if beam[0] <= time), reverse=True)[:LOOK_BACK]
         runs = self._beams_of_catalog().search(Key("time") <= time).sort(("start.time", -1))
         return [(run.metadata["start"]["time"], uid) for uid, run in runs.items().head(LOOK_BACK)]
 
     def _beams_of_catalog(self) -> Any:
         return self._raw.search(Key("purpose") == "direct_beam")
 
-    @contextmanager
-    def listed(self, first: float, last: float) -> Iterator[None]:
-        """List the catalog's direct beams once, for all samples from one time to another, and not again for each.
+    def list_once(self, first: float, last: float) -> None:
+        """List the catalog's direct beams for samples from one time to another, and not again for each of them.
+
+        Direct beams that come into the catalog later are seen by samples that were taken after this call only.
 
         Parameters
         ----------
         first, last
-            Seconds since 1970. Direct beams that come into the catalog meanwhile are not seen.
+            Seconds since 1970.
         """
-        runs = self._beams_of_catalog().search(Key("time") <= last).search(Key("time") >= first - self._max_age)
-        self._listed = [(run.metadata["start"]["time"], uid) for uid, run in runs.items()]
-        try:
-            yield
-        finally:
-            self._listed = None
+        if self._listed and self._listed.first <= first and last <= self._listed.last:
+            return
+        now = time.time()
+        runs = self._beams_of_catalog().search(Key("time") >= first - self._max_age)
+        beams = [(run.metadata["start"]["time"], uid) for uid, run in runs.items()]
+        self._listed = _Listed(first, max(last, now), beams)
 
     def _fetch(self, uid: str) -> DirectBeam | None:
         """Read a direct beam from the catalog."""

@@ -8,7 +8,7 @@ A derived node carries the access tags of its raw run.
 """
 
 from dsnet_bluesky.derived.catalog import access_tags_of, lookup, mount
-from dsnet_bluesky.derived.raw import RawFrames, raw_frames
+from dsnet_bluesky.derived.raw import RawFrames, raw_frames, raw_frames_of
 from dsnet_bluesky.derived.registration import register, register_all, register_curves, register_psf
 from dsnet_bluesky.derived.results import AlreadyStored, LostClaim, NoRawRun, ResultWriter, is_abandoned
 from dsnet_bluesky.derived.together import Finished, store_together
@@ -25,6 +25,7 @@ __all__ = [
     "lookup",
     "mount",
     "raw_frames",
+    "raw_frames_of",
     "register",
     "register_all",
     "register_curves",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tiled.structures.data_source import DataSource
 
+from dsnet_bluesky.adapters import DEPTH, WithinRuns
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.documents import Exposure, Instrument, frames_per_exposure, is_image
 from dsnet_bluesky.frames import HDF5_MIMETYPE, FrameReference
 
-__all__ = ["RawFrames", "raw_frames"]
+__all__ = ["RawFrames", "raw_frames", "raw_frames_of"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,50 @@ def raw_frames(run: Any, instrument: Instrument | None = None) -> RawFrames:
         If the run holds no frames, or none yet, or no geometry, or the instrument was changed within it.
     """
     container = run.base.new_variation(include_data_sources=True)
-    for name, stream in _streams(container):
+    return _raw_frames(run, _streams(container), container.__getitem__, instrument)
+
+
+def raw_frames_of(raw: Any, runs: Mapping[str, Any]) -> dict[str, RawFrames | BadInput]:
+    """Find the frames of many runs, with two requests for a hundred of them; see `raw_frames`.
+
+    Parameters
+    ----------
+    raw
+        ``client["raw"]``.
+    runs
+        Of its nodes, by uid.
+
+    Returns
+    -------
+    dict
+        By uid, what `raw_frames` returns or raises of each run.
+    """
+    inside: dict[str, dict[tuple[str, ...], Any]] = {uid: {} for uid in runs}
+    # To list data sources costs the server as much again: only of arrays.
+    for family, container in (("container", raw), ("array", raw.new_variation(include_data_sources=True))):
+        found = container.search_deep(WithinRuns(",".join(runs), family), max_depth=DEPTH)
+        for (uid, *place), node in found.items():
+            inside[uid][tuple(place)] = node
+    return {uid: _of(run, inside[uid]) for uid, run in runs.items()}
+
+
+def _of(run: Any, inside: Mapping[tuple[str, ...], Any]) -> RawFrames | BadInput:
+    streams = {place[0]: node for place, node in inside.items() if len(place) == 1}
+    try:
+        return _raw_frames(run, sorted(streams.items(), key=lambda item: item[0] != "primary"), inside.__getitem__, None)
+    except BadInput as error:
+        return error
+
+
+def _raw_frames(
+    run: Any, streams: Iterable[tuple[str, Any]], node_at: Callable[[tuple[str, str]], Any], instrument: Instrument | None
+) -> RawFrames:
+    """Take the first image of the first stream that has any."""
+    for name, stream in streams:
         for key, described in stream.metadata.get("data_keys", {}).items():
             if "external" in described and is_image(described.get("shape") or ()):
                 try:
-                    node = container[name, key]
+                    node = node_at((name, key))
                 except KeyError:
                     continue  # the stream has begun, but no frame has come yet
                 state = instrument or _instrument(stream.metadata)

@@ -17,17 +17,16 @@ import numpy as np
 import xarray as xr
 from tiled.client.utils import ClientError, handle_error, retry_context
 from tiled.structures.array import ArrayStructure
-from tiled.structures.core import Spec, StructureFamily
+from tiled.structures.core import StructureFamily
 from tiled.structures.data_source import DataSource, Management
 
-from dsnet_bluesky.adapters import RESULT_MIMETYPE
+from dsnet_bluesky.adapters import RESULT_MIMETYPE, RESULT_SPECS
 from dsnet_bluesky.data import BadInput, concat_exposures, exposures_of, failed_exposure
 from dsnet_bluesky.derived.catalog import CONFLICT, NOT_FOUND, access_tags_of, lookup, mount
 from dsnet_bluesky.rows import COLUMNS, GRID, ROWS, Column, columns_of, grid_of, pack
 
 __all__ = [
     "LEASE",
-    "RESULT_SPECS",
     "AlreadyStored",
     "Lent",
     "LostClaim",
@@ -36,7 +35,6 @@ __all__ = [
     "begun",
     "is_abandoned",
     "quality",
-    "source_of_result",
     "with_attrs",
 ]
 
@@ -51,9 +49,6 @@ CLAIM_INTERVAL = LEASE / 4
 
 UNSUPPORTED = 415
 """Status of the answer when the server has no adapter for a MIME type."""
-
-RESULT_SPECS = [Spec("dsnet_desmeared", version="1"), Spec("xarray_dataset")]
-"""Tiled takes the first spec that a client knows: ours, where this package is installed."""
 
 
 class AlreadyStored(Exception):
@@ -153,7 +148,7 @@ class ResultWriter:
         for last in (False, True):
             try:
                 node = parent.new(
-                    StructureFamily.container, [source_of_result()], key=key, metadata=full, specs=RESULT_SPECS, access_tags=tags
+                    StructureFamily.container, [_source()], key=key, metadata=full, specs=RESULT_SPECS, access_tags=tags
                 )
             except ClientError as error:
                 if error.response.status_code == UNSUPPORTED:
@@ -295,7 +290,7 @@ class ResultWriter:
         # As a parameter, no asset: deleting the result shall delete the rows by their own node, once.
         place = rows.data_sources()[0].assets[0].data_uri
         (mine,) = self.node.data_sources()
-        source = source_of_result({ROWS: place, COLUMNS: columns})
+        source = _source({ROWS: place, COLUMNS: columns})
         _put_data_source(self.node, dataclasses.replace(source, id=mine.id, structure={"keys": [c.name for c in self._columns]}))
         return rows
 
@@ -390,7 +385,7 @@ def _check_alike(rows: xr.Dataset, first: xr.Dataset) -> None:
         )
 
 
-def source_of_result(parameters: Mapping[str, Any] | None = None) -> DataSource:
+def _source(parameters: Mapping[str, Any] | None = None) -> DataSource:
     """Say where the server finds the variables of a result."""
     return DataSource(
         structure_family=StructureFamily.container,

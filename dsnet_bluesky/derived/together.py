@@ -1,7 +1,8 @@
 """Storing results that are finished before anything of them is stored: many with few requests, each complete at once.
 
 What a result needs beside its own node, the rows, is stored for many results with one request: the first of them
-keeps the rows of all (`ResultWriter.lend`), and each of the others is then one node, complete when it is there. Whatever is
+keeps the rows of all (`ResultWriter.lend`), and each of the others is then one node, complete when it is there; they are
+made with one more request (`adapters.storing`). Whatever is
 killed in between leaves whole results, and the first one's node at most, which the backlog finds abandoned.
 """
 
@@ -14,19 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import xarray as xr
-from tiled.client.utils import ClientError
-from tiled.structures.core import StructureFamily
+from tiled.client.utils import handle_error, retry_context
+from tiled.utils import safe_json_dump
 
-from dsnet_bluesky.data import concat_exposures
-from dsnet_bluesky.derived.catalog import CONFLICT, mount
+from dsnet_bluesky.data import BadInput, concat_exposures
+from dsnet_bluesky.derived.catalog import NOT_FOUND, mount
 from dsnet_bluesky.derived.results import (
-    RESULT_SPECS,
     AlreadyStored,
     Lent,
     ResultWriter,
     begun,
     quality,
-    source_of_result,
     with_attrs,
 )
 from dsnet_bluesky.rows import COLUMNS, FIRST, GRID, ROWS, ROWS_OF, columns_of, grid_of
@@ -104,27 +103,40 @@ def _store(client: Any, group: Sequence[Finished]) -> list[str]:
 
 
 def _store_others(parent: Any, results: Sequence[Finished], lent: Lent) -> list[str]:
-    """Make a node for each result, with one request, complete; return the keys of those that were there."""
-    there, first = [], lent.first
+    """Make a node for each result, complete, all with one request; return the keys of those that were there.
+
+    Raises
+    ------
+    BadInput
+        If the server has no route for it.
+    """
+    body, first = [], lent.first
     columns = [column.to_dict() for column in lent.columns]
     for result in results:
-        source = source_of_result({ROWS: lent.place, FIRST: first, COLUMNS: columns})
-        source.structure = {"keys": [column.name for column in lent.columns]}
-        try:
-            parent.new(
-                StructureFamily.container,
-                [source],
-                key=result.key,
-                metadata=_complete(result, lent, first),
-                specs=RESULT_SPECS,
-                access_tags=result.access_tags,
-            )
-        except ClientError as error:
-            if error.response.status_code != CONFLICT:
-                raise
-            there.append(result.key)
+        body.append(
+            {
+                "key": result.key,
+                "metadata": _complete(result, lent, first),
+                "parameters": {ROWS: lent.place, FIRST: first, COLUMNS: columns},
+                "keys": [column.name for column in lent.columns],
+                "access_tags": result.access_tags,
+            }
+        )
         first += result.dataset.sizes["exposure"]
-    return there
+    address = parent.uri.replace("/api/v1/metadata/", "/custom/results/", 1)
+    for attempt in retry_context():
+        with attempt:
+            answer = parent.context.http_client.post(
+                address, content=safe_json_dump(body), headers={"Content-Type": "application/json"}
+            )
+            if answer.status_code == NOT_FOUND:
+                raise BadInput(
+                    "The server cannot store results together: add dsnet_bluesky.adapters.storing:router to `routers` of its "
+                    "configuration, as in tiled_config/embedded.yml."
+                )
+            handle_error(answer)
+            return list(answer.json()["there"])
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _complete(result: Finished, lent: Lent, first: int) -> dict[str, Any]:

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
+import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from tiled.queries import In
+from cachetools import LRUCache
+from tiled.queries import KeysFilter
 
 from dsnet_bluesky.callbacks.desmear import MAX_BEAM_AGE
 from dsnet_bluesky.callbacks.exposures import exposures_of_documents
 from dsnet_bluesky.callbacks.pairing import DirectBeams, Pairing
 from dsnet_bluesky.callbacks.sample_runs import BATCH, CATALOG_AWAY, SampleRuns, reduced
 from dsnet_bluesky.data import BadInput, concat_exposures
-from dsnet_bluesky.derived import Finished, access_tags_of, lookup, mount, raw_frames, store_together
+from dsnet_bluesky.derived import Finished, RawFrames, access_tags_of, lookup, mount, raw_frames_of, store_together
 from dsnet_bluesky.documents import Exposure, Instrument
 from dsnet_bluesky.pipeline import Config, PreparedExposures
 
-__all__ = ["Batches", "Done", "Server", "check", "do"]
+__all__ = ["Batches", "Done", "Server", "Work", "check", "do"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +67,13 @@ class Done:
     seconds: Counter[str] = field(default_factory=Counter)
     """Where the time went."""
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time that a block takes."""
+        begin = time.perf_counter()
+        yield
+        self.seconds.update({what: time.perf_counter() - begin})
+
 
 @dataclass(frozen=True)
 class Server:
@@ -69,6 +81,28 @@ class Server:
 
     uri: str
     api_key: str | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker must know of a replay.
+
+    Attributes
+    ----------
+    server
+        Where the catalog is.
+    config
+        How to reduce and desmear.
+    retry_failed
+        Begin results again that failed.
+    replay
+        Name of this replay: workers may outlive it, and what they know of its catalog may not.
+    """
+
+    server: Server
+    config: Config
+    retry_failed: bool
+    replay: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -86,6 +120,8 @@ class _Reduced:
 class Batches:
     """What a worker keeps from batch to batch: the operators of the direct beams.
 
+    Two threads may do batches at the same time: one computes while the other waits for the server.
+
     Parameters
     ----------
     client
@@ -100,6 +136,7 @@ class Batches:
         self._client, self._raw = client, mount(client, "raw")
         beams = DirectBeams(self._raw, config, max_age=MAX_BEAM_AGE)
         self._runs = SampleRuns(client, config, beams, replace_failed=retry_failed)
+        self._lock = threading.Lock()
 
     def do(self, uids: Sequence[str]) -> Done:
         """Desmear runs and store the results.
@@ -110,25 +147,31 @@ class Batches:
             If the catalog does not answer; the runs may be done again, what was stored stays.
         """
         done = Done(runs=len(uids))
-        nodes = self._nodes(uids)
-        finished = self._finished(list(nodes.values()))
-        with self._runs.statistics.timed("storing"):
+        nodes, frames = self._read(uids, done)
+        with self._lock:
+            finished = self._finished(nodes, frames)
+        with done.timed("storing"):
             there = store_together(self._client, finished.values())
         done.stored = len(finished) - len(there)
         # What is in the way may be a failure, or left behind by a worker that is gone.
         again = {uid for uid, result in finished.items() if result.key in there}
-        for uid, node in nodes.items():
-            if uid not in finished or uid in again:
-                self._one(node, done)
+        with self._lock:
+            for uid, node in nodes.items():
+                if uid not in finished or uid in again:
+                    self._one(node, done)
+            self._settle(done)
         done.there += len(uids) - len(nodes)
-        self._settle(done)
         return done
 
     def check(self, uids: Sequence[str]) -> Done:
         """Desmear runs that were done before, and compare with what is stored; nothing is written."""
         done = Done(runs=len(uids))
         results = mount(self._client, "desmeared")
-        for result in self._finished(list(self._nodes(uids).values())).values():
+        nodes, frames = self._read(uids, done)
+        with self._lock:
+            finished = self._finished(nodes, frames)
+            self._settle(done)
+        for result in finished.values():
             stored = lookup(results, result.key)
             if stored is None or stored.metadata["status"] != "complete":
                 continue
@@ -137,30 +180,32 @@ class Batches:
                 done.same += 1
             else:
                 done.different[result.key] = difference
-        self._settle(done)
         return done
 
-    def _nodes(self, uids: Sequence[str]) -> dict[str, Any]:
-        """Look runs up together, those that have ended."""
-        with self._runs.statistics.timed("preparing"):
-            found = self._raw.search(In("uid", list(uids))).items()
-            return {uid: node for uid, node in found if node.metadata.get("stop") is not None}
+    def _read(self, uids: Sequence[str], done: Done) -> tuple[dict[str, Any], dict[str, RawFrames | BadInput]]:
+        """Look runs up together, those that have ended, and where their frames are."""
+        with done.timed("preparing"):
+            found = self._raw.search(KeysFilter(list(uids))).items()
+            nodes = {uid: node for uid, node in found if node.metadata.get("stop") is not None}
+            return nodes, raw_frames_of(self._raw, nodes) if nodes else {}
 
-    def _finished(self, nodes: Sequence[Any]) -> dict[str, Finished]:
+    def _finished(self, nodes: Mapping[str, Any], frames: Mapping[str, RawFrames | BadInput]) -> dict[str, Finished]:
         """Desmear what is in order, by uid."""
         groups: dict[int, list[_Reduced]] = {}
-        times = [node.metadata["start"]["time"] for node in nodes]
-        with self._runs.beams.listed(min(times, default=0.0), max(times, default=0.0)):
-            for run in filter(None, map(self._reduced, nodes)):
+        times = [node.metadata["start"]["time"] for node in nodes.values()]
+        if times:
+            self._runs.beams.list_once(min(times), max(times))
+        for run in (self._reduced(node, frames[uid]) for uid, node in nodes.items()):
+            if run is not None:
                 groups.setdefault(id(run.prepared), []).append(run)
         return {run.start["uid"]: result for group in groups.values() for run, result in self._desmeared(group)}
 
-    def _reduced(self, node: Any) -> _Reduced | None:
+    def _reduced(self, node: Any, frames: RawFrames | BadInput) -> _Reduced | None:
         """Read and reduce a run; None if anything is out of the ordinary."""
         timed = self._runs.statistics.timed
         try:
             with timed("preparing"):
-                exposures = _exposures(node)
+                exposures = _exposures(node, frames)
                 instrument = exposures[0].instrument if exposures else None
                 if instrument is None or len(exposures) > BATCH:
                     return None
@@ -221,12 +266,9 @@ class Batches:
         statistics.seconds = dict.fromkeys(statistics.seconds, 0.0)
 
 
-def _exposures(node: Any) -> list[Exposure]:
-    """Read the exposures of a run: with two requests where they lie as usual, else from its documents."""
-    try:
-        found = raw_frames(node).exposures()
-    except BadInput:
-        found = None
+def _exposures(node: Any, frames: RawFrames | BadInput) -> list[Exposure]:
+    """Name the exposures of a run: where its frames lie as usual, as the catalog does, else as its documents do."""
+    found = frames.exposures() if isinstance(frames, RawFrames) else None
     return found or exposures_of_documents(node.documents())
 
 
@@ -238,28 +280,29 @@ def _difference(stored: xr.Dataset, again: xr.Dataset) -> float:
     return float(np.nanmax(away)) if np.isfinite(away).any() else np.inf
 
 
-_known: dict[tuple[Server, str, str, str, bool], Batches] = {}
+_known: LRUCache[str, Batches] = LRUCache(4)
+_making = threading.Lock()
 
 
-def _batches(server: Server, config: Config, retry_failed: bool) -> Batches:
-    """Return what this process keeps for a catalog and a configuration."""
-    model = config.load_model()
-    key = (server, config.sha256, model.sha256 if model else "", config.device, retry_failed)
-    if key not in _known:
-        os.environ.setdefault("TILED_RETRY_ATTEMPTS", "1")  # whoever hands out the batches is patient
-        import torch
-        from tiled.client import from_uri
+def _batches(work: Work) -> Batches:
+    """Return what this process keeps for a replay."""
+    with _making:
+        if work.replay not in _known:
+            os.environ.setdefault("TILED_RETRY_ATTEMPTS", "1")  # whoever hands out the batches is patient
+            import torch
+            from tiled.client import from_uri
 
-        torch.set_num_threads(1)  # there is a worker for each core
-        _known[key] = Batches(from_uri(server.uri, api_key=server.api_key), config, retry_failed=retry_failed)
-    return _known[key]
+            torch.set_num_threads(1)  # there is a worker for each core
+            client = from_uri(work.server.uri, api_key=work.server.api_key)
+            _known[work.replay] = Batches(client, work.config, retry_failed=work.retry_failed)
+        return _known[work.replay]
 
 
-def do(server: Server, config: Config, retry_failed: bool, uids: Sequence[str]) -> Done:
+def do(work: Work, uids: Sequence[str]) -> Done:
     """Do a batch in a worker's process; see `Batches.do`."""
-    return _batches(server, config, retry_failed).do(uids)
+    return _batches(work).do(uids)
 
 
-def check(server: Server, config: Config, retry_failed: bool, uids: Sequence[str]) -> Done:
+def check(work: Work, uids: Sequence[str]) -> Done:
     """Check a batch in a worker's process; see `Batches.check`."""
-    return _batches(server, config, retry_failed).check(uids)
+    return _batches(work).check(uids)

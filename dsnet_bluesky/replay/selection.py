@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from tiled.queries import Comparison, In, Key
+from tiled.queries import Comparison, Key, KeysFilter
 
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.derived import mount
@@ -59,17 +60,16 @@ class Selection:
 
     def pages(self) -> Iterator[Page]:
         """Go through the runs, a page at a time."""
-        first = 0
-        while uids := list(self._runs.keys()[first : first + PAGE]):
+        runs = iter(self._runs)  # page after page from where the last one ended: asked by its number, each would count again
+        while uids := list(islice(runs, PAGE)):
             to_do = [task.run_uid for task in self._backlog.tasks(uids, failed=self._retry_failed)]
             yield Page(to_do, [uid for uid in uids if uid not in set(to_do)])
-            first += len(uids)
 
 
 def _narrowed(runs: Any, question: Question) -> Any:
     """Ask runs what is otherwise asked of results."""
     if isinstance(question, OfRun):
-        return runs.search(In("uid", list(question.uids)))
+        return runs.search(KeysFilter(list(question.uids)))
     if isinstance(question, Sample):
         named = runs.search(Key("sample") == question.name)  # a start document holds a name, or a table with one
         return named if len(named) else runs.search(Key("sample.name") == question.name)

@@ -16,18 +16,30 @@ from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.pipeline import Config
 from dsnet_bluesky.questions import Question
 
-from .batches import Batches, Done, Server, check, do
+from .batches import Batches, Done, Server, Work, check, do
 from .selection import Selection
 
 __all__ = ["BATCH", "Summary", "replay"]
 
 logger = logging.getLogger(__name__)
 
-BATCH = 64
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # there is a worker for each core
+    # dask lets workers give memory back to the system at once; a third of their time would go into getting it again.
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Of the workers of a local cluster."""
+
+BATCH = 128
 """Runs of a batch."""
 
-AHEAD = 2
-"""Batches that wait for each worker: enough to keep it busy, and all that is held in memory."""
+THREADS = 3
+"""Batches that a worker has at the same time: one is computed, one waits for that, one is read or stored."""
+
+AHEAD = 4
+"""Batches that each worker has, or that wait for it: enough to keep it busy, and all that is held in memory."""
 
 PATIENCE = 60.0
 """Seconds for which a catalog that went away is waited for."""
@@ -293,10 +305,10 @@ class _Here:
 class _Cluster:
     """Hands batches to the workers of a dask cluster."""
 
-    def __init__(self, cluster: Any, server: Server, config: Config, *, retry_failed: bool, verify: bool) -> None:
+    def __init__(self, cluster: Any, work: Work, *, verify: bool) -> None:
         from distributed import as_completed
 
-        self._cluster, self._arguments = cluster, (server, config, retry_failed)
+        self._cluster, self._work = cluster, work
         self._do = check if verify else do
         self._batches: dict[Any, list[str]] = {}
         self._done = as_completed()
@@ -306,7 +318,7 @@ class _Cluster:
         return max(1, AHEAD * len(self._cluster.scheduler_info(n_workers=-1)["workers"]))
 
     def submit(self, uids: list[str]) -> None:
-        future = self._cluster.submit(self._do, *self._arguments, uids, pure=False, retries=0)
+        future = self._cluster.submit(self._do, self._work, uids, pure=False, retries=0)
         self._batches[future.key] = uids
         self._done.add(future)
 
@@ -328,9 +340,10 @@ def _pool(
     if workers == 0 and dask is None:
         yield _Here(client, config, retry_failed=retry_failed, verify=verify)
         return
+    from dask import config as of_dask
     from distributed import Client, LocalCluster
 
-    server = Server(str(client.context.api_uri), client.context.api_key)
+    work = Work(Server(str(client.context.api_uri), client.context.api_key), config, retry_failed)
     if dask is not None:
         try:
             cluster = Client(dask, timeout="10s")
@@ -339,12 +352,12 @@ def _pool(
         with cluster:
             if not cluster.scheduler_info(n_workers=-1)["workers"]:
                 raise BadInput(f"The scheduler at {dask} has no workers; start some with `dask worker {dask}`.")
-            yield _Cluster(cluster, server, config, retry_failed=retry_failed, verify=verify)
+            yield _Cluster(cluster, work, verify=verify)
         return
     count = workers or os.cpu_count() or 1
-    # Each has one thread, and so has what it computes with.
     with (
-        LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address="", env={"OMP_NUM_THREADS": "1"}) as local,
+        of_dask.set({"distributed.nanny.pre-spawn-environ": ENVIRONMENT}),
+        LocalCluster(n_workers=count, threads_per_worker=THREADS, dashboard_address="") as local,
         Client(local) as cluster,
     ):
-        yield _Cluster(cluster, server, config, retry_failed=retry_failed, verify=verify)
+        yield _Cluster(cluster, work, verify=verify)

@@ -16,13 +16,13 @@ from pathlib import Path
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.versions import load_model
 
-from . import paper, unrolled
+from . import paper, recipes, unrolled
 from .checkpoints import begin
 from .machine import hardware
 
 __all__ = ["hardware", "load_recipe", "train"]
 
-Recipe = paper.Recipe | unrolled.Recipe
+Recipe = paper.Recipe | recipes.Recipe
 Notify = Callable[[int, int, str], None]
 
 
@@ -40,7 +40,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
         if not path.is_file():
             raise BadInput(f"{recipe} was installed without its recipe, {path.name}; give the file of a recipe.")
     text = path.read_text(encoding="utf-8")
-    return unrolled.Recipe.parse(text) if "sessions" in text else paper.Recipe.parse(text)
+    return recipes.Recipe.parse(text) if "sessions" in text else paper.Recipe.parse(text)
 
 
 def train(recipe: Recipe | str | Path, directory: str | Path, *, device: str = "cpu", notify: Notify | None = None) -> Path:

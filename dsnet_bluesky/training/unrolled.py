@@ -14,16 +14,10 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import multiprocessing
-import os
 import time
-import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,37 +29,24 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.dsnet import extent
 from dsnet_bluesky.features import INPUTS, VERSION
-from dsnet_bluesky.library.examples import Session, draw_instrument_of, load_session, measure, save_session, session
-from dsnet_bluesky.library.samples import (
-    Library,
-    digest_of_library,
-    families_of,
-    load_library,
-    made_with,
-    make_library,
-    save_library,
-)
+from dsnet_bluesky.library.examples import Session
+from dsnet_bluesky.library.samples import digest_of_library, families_of, made_with
 from dsnet_bluesky.network import has_bfloat16
-from dsnet_bluesky.unrolled import Answer, Unrolled, UnrolledConfig
+from dsnet_bluesky.unrolled import Answer, Unrolled
 from dsnet_bluesky.versions import WEIGHTS, load_model, sha256_of, write_card
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .machine import hardware
-from .uncertainty import Repeats, calibrate, learn_parts, measure_repeats, range_of
+from .recipes import Recipe
+from .sessions import LIBRARY, make_repeats, prepare
+from .uncertainty import calibrate, learn_parts, range_of
 
-__all__ = ["Progress", "Recipe", "Training", "evaluate", "loss_of", "make_sessions", "train"]
+__all__ = ["Progress", "Training", "evaluate", "loss_of", "train"]
 
 CHECKPOINT = "checkpoint.pt"
-LIBRARY = "library.npz"
-SESSIONS = "sessions"
-ORIGIN = "origin.json"
-"""What the library and the sessions of a directory depend on."""
 
 CHECKPOINT_EVERY = 1000
 """Steps between two checkpoints and looks at the validation families."""
-
-REPEATED_CURVES = 16
-"""Curves of each session of repeats."""
 
 SPARSE = 7
 """The range of training is described by one session in so many."""
@@ -86,84 +67,6 @@ AVERAGE = 0.999
 """Weights are averaged over about 1 / (1 - AVERAGE) steps; the average is what is released."""
 
 
-@dataclass(frozen=True)
-class DataRecipe:
-    """How many sessions, of how many curves, on how many points."""
-
-    sessions: int
-    curves: int
-    validation_sessions: int
-    validation_curves: int
-    repeats: int
-    points: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps of AdamW: each sees `batch` curves of one session; the step size falls as a cosine to a hundredth."""
-
-    steps: int
-    batch: int
-    learning_rate: float
-    weight_decay: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every number of a training, and the words for its card."""
-
-    name: str
-    version: str
-    licence: str
-    seed: int
-    architecture: UnrolledConfig
-    data: DataRecipe
-    schedule: Schedule
-    card: dict[str, Any]
-    source: str = field(repr=False)
-    begin: str = ""
-    """Model whose weights are the first, such as ``dsnet:2.0.0``; random ones if not given."""
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read a recipe from TOML.
-
-        Raises
-        ------
-        BadInput
-            If it is not TOML, or a key is missing or unknown.
-        """
-        try:
-            values = tomllib.loads(text)
-            data = values.pop("data")
-            data["points"] = tuple(data["points"])
-            return cls(
-                architecture=UnrolledConfig.from_dict(values.pop("architecture")),
-                data=DataRecipe(**data),
-                schedule=Schedule(**values.pop("schedule")),
-                source=text,
-                **values,
-            )
-        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"The recipe cannot be read ({error}); compare it with models/dsnet-2.0.0/recipe.toml.") from error
-
-    @property
-    def numbers(self) -> str:
-        """The recipe without the words for its card: what a checkpoint depends on."""
-        return self.source.partition("[card]")[0]
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What the library and each session depend on; more of them may be made, and others learn from them."""
-        data = self.data
-        return {
-            "seed": self.seed,
-            "curves": data.curves,
-            "validation_curves": data.validation_curves,
-            "points": list(data.points),
-        }
-
-
 class Progress(NamedTuple):
     """Where a training stands: geometric means over validation curves of the mean squared error of ln I."""
 
@@ -176,112 +79,6 @@ class Progress(NamedTuple):
     """Share of validation points within one stated error."""
     inside_two: float
     """Within two."""
-
-
-class Sessions(Sequence[Session]):
-    """Sessions of a set, some of which are still being made: whoever asks for one waits for it.
-
-    Parameters
-    ----------
-    paths
-        Where they are, or will be.
-    loader
-        One thread, which reads them in their order as they are made.
-    device
-        Where they go.
-    """
-
-    def __init__(self, paths: Sequence[Future[Path]], loader: ThreadPoolExecutor, device: str) -> None:
-        self._sessions = [loader.submit(lambda path=path: load_session(path.result(), device)) for path in paths]
-
-    def __len__(self) -> int:
-        """How many there will be."""
-        return len(self._sessions)
-
-    def __getitem__(self, number: Any) -> Any:
-        """Return a session, or a list of several."""
-        if isinstance(number, slice):
-            return [session.result() for session in self._sessions[number]]
-        return self._sessions[number].result()
-
-
-@contextmanager
-def making(
-    directory: Path, recipe: Recipe, split: str, count: int, curves: int, notify: Callable[[int, int], None] | None = None
-) -> Iterator[list[Future[Path]]]:
-    """Make the sessions of a set that are not there yet, in other processes, as long as the context lasts.
-
-    Parameters
-    ----------
-    directory
-        Of the training; it must hold the library.
-    recipe
-        Gives the seed and the range of points.
-    split
-        training, validation or test.
-    count, curves
-        How many sessions, with how many curves each.
-    notify
-        Called with the number made and the number wanted.
-    """
-    folder = directory / SESSIONS / split
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:05d}.safetensors" for number in range(count)]
-    there = [path.exists() for path in paths]
-    done = sum(there)
-
-    def tell(_: Future[Path]) -> None:
-        nonlocal done
-        done += 1
-        if notify is not None:
-            notify(done, count)
-
-    context = multiprocessing.get_context("spawn")
-    library = (str(directory / LIBRARY), split)
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), context, _start_worker, library) as pool:
-        made: list[Future[Path]] = []
-        try:
-            for number, path in enumerate(paths):
-                made.append(_done(path) if there[number] else pool.submit(_make_session, path, split, recipe, number, curves))
-                if not there[number]:
-                    made[-1].add_done_callback(tell)
-            yield made
-        finally:
-            for future in made:
-                future.cancel()
-
-
-def _done(path: Path) -> Future[Path]:
-    """Give what a process would that has made it."""
-    future: Future[Path] = Future()
-    future.set_result(path)
-    return future
-
-
-def make_sessions(
-    directory: Path, recipe: Recipe, split: str, count: int, curves: int, notify: Callable[[int, int], None] | None = None
-) -> list[Path]:
-    """Make the sessions of a set that are not there yet, and wait for them; see `making`."""
-    with making(directory, recipe, split, count, curves, notify) as made:
-        return [path.result() for path in made]
-
-
-_LIBRARY: Library | None = None
-
-
-def _start_worker(path: str, split: str) -> None:
-    global _LIBRARY
-    torch.set_num_threads(1)
-    _LIBRARY = load_library(Path(path), split)
-
-
-def _make_session(path: Path, split: str, recipe: Recipe, number: int, curves: int) -> Path:
-    assert _LIBRARY is not None
-    place = [recipe.seed, ("training", "validation", "test").index(split), number]
-    instrument = draw_instrument_of(place, recipe.data.points)
-    measured = measure(np.random.default_rng([*place, 1]), instrument, _LIBRARY, curves)
-    save_session(path, session(measured))
-    return path
 
 
 def loss_of(answer: Answer, ln_truth: Tensor, measured: Tensor) -> Tensor:
@@ -436,51 +233,6 @@ def evaluate(network: Unrolled, sessions: Iterable[Session]) -> tuple[float, flo
     return means[0], means[1], means[2], shares[0], shares[1]
 
 
-@contextmanager
-def prepare(
-    recipe: Recipe, directory: Path, device: str = "cpu", notify: Any = None
-) -> Iterator[tuple[Sessions, Sequence[Session]]]:
-    """Make, or find, the library and the sessions of a recipe; those for training arrive as long as the context lasts.
-
-    Raises
-    ------
-    BadInput
-        If those that are there were made by a recipe with other data.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    check_origin(directory, recipe)
-    if not (directory / LIBRARY).exists():
-        save_library(directory / LIBRARY, make_library(recipe.seed, ("training", "validation")))
-    data = recipe.data
-    validation = make_sessions(directory, recipe, "validation", data.validation_sessions, data.validation_curves, notify)
-    with ExitStack() as stack:
-        made = stack.enter_context(making(directory, recipe, "training", data.sessions, data.curves, notify))
-        loader = ThreadPoolExecutor(1)
-        stack.callback(loader.shutdown, cancel_futures=True)
-        yield Sessions(made, loader, device), [load_session(path, device) for path in validation]
-
-
-def check_origin(directory: Path, recipe: Recipe) -> None:
-    """Note what the data of a directory depend on, or see that they belong to the recipe.
-
-    Raises
-    ------
-    BadInput
-        If they do not.
-    """
-    path = directory / ORIGIN
-    if not path.exists():
-        path.write_text(json.dumps(recipe.origin), encoding="utf-8")
-    elif (noted := json.loads(path.read_text(encoding="utf-8"))) != recipe.origin:
-        changes = ", ".join(
-            f"{name} {noted[name]} there, {value} here" for name, value in recipe.origin.items() if value != noted[name]
-        )
-        raise BadInput(
-            f"{directory} holds curves of another recipe ({changes}); give another directory, or delete {LIBRARY}, {SESSIONS} "
-            f"and {ORIGIN} there."
-        )
-
-
 def train(recipe: Recipe, directory: Path, *, device: str = "cpu", notify: Callable[[int, int, str], None] | None = None) -> None:
     """Follow a recipe: library, sessions, steps, uncertainty, and the folder of the model.
 
@@ -570,19 +322,6 @@ def describe(recipe: Recipe, state: Training, sha256: str, sessions: Sequence[Se
             **begun,
         },
     }
-
-
-def make_repeats(directory: Path, recipe: Recipe) -> list[Repeats]:
-    """Measure samples of the training families repeatedly, in as many processes as there are cores."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, _start_worker, (str(directory / LIBRARY), "training")) as pool:
-        jobs = [pool.submit(_repeat, recipe.seed, number, recipe.data.points) for number in range(recipe.data.repeats)]
-        return [job.result() for job in jobs]
-
-
-def _repeat(seed: int, number: int, points: tuple[int, int]) -> Repeats:
-    assert _LIBRARY is not None
-    return measure_repeats([seed, 3, number], _LIBRARY, REPEATED_CURVES, points)
 
 
 def write_history(directory: Path, history: list[Progress]) -> None:

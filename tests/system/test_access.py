@@ -270,6 +270,10 @@ def test_files_are_not_handed_out(filled: Filled):
 # -- writing --
 
 
+RESULT = {"key": "spoiled", "metadata": {}, "parameters": {}, "keys": [], "access_tags": ["proposal-1"]}
+"""For the route that stores many results at once."""
+
+
 def writes(path: str) -> list[tuple[str, str, dict[str, Any]]]:
     """Requests that would change a node, or what is below."""
     container = {"structure_family": "container", "metadata": {}, "specs": [], "data_sources": []}
@@ -285,6 +289,7 @@ def writes(path: str) -> list[tuple[str, str, dict[str, Any]]]:
         ("POST", f"/metadata/{path}", {"json": container}),
         ("POST", f"/metadata/{path}", {"json": {**container, "access_tags": ["proposal-1"]}}),
         ("POST", f"/register/{path}", {"json": {**external, "access_tags": ["proposal-1"]}}),
+        ("POST", f"/results/{path}", {"json": [RESULT]}),
         ("PUT", f"/metadata/{path}", {"json": {"metadata": {"spoiled": True}, "specs": []}}),
         ("PUT", f"/metadata/{path}", {"json": {"access_tags": ["proposal-2"]}}),
         ("PATCH", f"/metadata/{path}", {"json": patch}),
@@ -324,6 +329,23 @@ def test_services_write_their_own_trees(filled: Filled):
                 key = http.post(f"/metadata/{tree}", json=node).raise_for_status().json()["id"]
                 http.put(f"/metadata/{tree}/{key}", json={"metadata": {"touched": True}}).raise_for_status()
                 http.delete(f"/metadata/{tree}/{key}", params={"recursive": True, "external_only": False}).raise_for_status()
+
+
+def test_results_that_are_stored_together_have_their_tags(filled: Filled):
+    alike = [{**RESULT, "key": f"together-{number}"} for number in range(2)]
+    with filled.server.http("watcher") as http:
+        assert http.post("/results/desmeared", json=alike).raise_for_status().json() == {"there": []}
+        assert http.post("/results/desmeared", json=alike).raise_for_status().json() == {"there": ["together-0", "together-1"]}
+        refused = http.post("/results/desmeared", json=[{**RESULT, "key": "other", "access_tags": ["everybody"]}])
+        assert refused.status_code == 403
+        assert http.post("/results/curves", json=alike).status_code == 405
+        try:
+            for who, sees in (("alice", True), ("bob", False)):
+                results = filled.server.client(who)["desmeared"]
+                assert [key in results for key in ("together-0", "together-1", "other")] == [sees, sees, False]
+        finally:
+            for result in alike:
+                http.delete(f"/metadata/desmeared/{result['key']}").raise_for_status()
 
 
 def test_the_keys_of_services_administer_nothing(filled: Filled):

@@ -20,7 +20,10 @@ from dsnet_bluesky.library.families import FAMILIES, make_shapes
 from dsnet_bluesky.library.samples import Library, families_of, load_library, save_library
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.training import paper, uncertainty, unrolled
-from dsnet_bluesky.training.unrolled import Recipe, Training, data_digest, evaluate, loss_of, make_sessions
+from dsnet_bluesky.training import sessions as sessions_module
+from dsnet_bluesky.training.recipes import Recipe
+from dsnet_bluesky.training.sessions import make_sessions
+from dsnet_bluesky.training.unrolled import Training, data_digest, evaluate, loss_of
 from dsnet_bluesky.unrolled import Answer, Unrolled
 from dsnet_bluesky.versions import install_model, load_model
 
@@ -84,10 +87,10 @@ def small():
     """Trainings of seconds: few repeats, few steps between checkpoints, and all in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unrolled, "CHECKPOINT_EVERY", 20)
-        patch.setattr(unrolled, "REPEATED_CURVES", 4)
+        patch.setattr(sessions_module, "REPEATED_CURVES", 4)
         patch.setattr(unrolled, "WARM_UP", 5)
         patch.setattr(uncertainty, "STEPS", 20)
-        patch.setattr(unrolled, "ProcessPoolExecutor", InProcess)
+        patch.setattr(sessions_module, "ProcessPoolExecutor", InProcess)
         yield patch
 
 
@@ -269,8 +272,8 @@ class TestSessions:
         monkeypatch.undo()
         from concurrent.futures import ProcessPoolExecutor
 
-        monkeypatch.setattr(unrolled, "ProcessPoolExecutor", ProcessPoolExecutor)
-        monkeypatch.setattr(unrolled.os, "cpu_count", lambda: 1)
+        monkeypatch.setattr(sessions_module, "ProcessPoolExecutor", ProcessPoolExecutor)
+        monkeypatch.setattr(sessions_module.os, "cpu_count", lambda: 1)
         (made,) = make_sessions(workshop(tmp_path, library), recipe, "training", 1, recipe.data.curves)
         assert made.read_bytes() == (trained[0] / "sessions" / "training" / made.name).read_bytes()
 
@@ -288,11 +291,11 @@ class TestSessions:
         name = change.split(" =")[0]
         line = next(line for line in TINY.splitlines() if line.startswith(f"{name} ="))
         with pytest.raises(BadInput, match=rf"curves of another recipe \({name} .* there, .* here\); give another"):
-            unrolled.check_origin(trained[0], Recipe.parse(TINY.replace(f"\n{line}\n", f"\n{change}\n", 1)))
+            sessions_module.check_origin(trained[0], Recipe.parse(TINY.replace(f"\n{line}\n", f"\n{change}\n", 1)))
 
     def test_those_of_a_recipe_with_other_steps_are_used(self, trained):
         longer = Recipe.parse(TINY.replace("steps = 60", "steps = 61"))
-        with unrolled.prepare(longer, trained[0]) as (sessions, _):
+        with sessions_module.prepare(longer, trained[0]) as (sessions, _):
             assert len(sessions) == longer.data.sessions
             assert sessions[3].operator.smearing.digest == sessions[:][3].operator.smearing.digest
 
