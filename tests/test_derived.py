@@ -30,6 +30,7 @@ from dsnet_bluesky.derived import (
     LostClaim,
     NoRawRun,
     ResultWriter,
+    is_abandoned,
     raw_frames,
     raw_frames_of,
     register_all,
@@ -258,6 +259,17 @@ def test_what_a_living_process_writes_is_left_alone(client, key, monkeypatch):
     for _ in range(2):
         with pytest.raises(AlreadyStored):
             ResultWriter.create(client, key, METADATA)
+
+
+def test_a_process_that_was_killed_writes_no_more_though_it_is_still_listed():
+    process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    process.stdout.read()  # it has ended, and nobody has asked how
+    writer = {"host": results.socket.gethostname(), "pid": process.pid, "claim": "1"}
+    deadline = time.monotonic() + 20
+    while not (gone := is_abandoned("key", {"writer": writer, "updated": 0.0})) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gone
+    process.wait()
 
 
 def test_another_machine_is_known_by_its_silence_whatever_its_clock_says(client, key, monkeypatch):

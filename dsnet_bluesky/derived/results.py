@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import psutil
 import xarray as xr
 from tiled.client.utils import ClientError, handle_error, retry_context
 from tiled.structures.array import ArrayStructure
@@ -452,9 +453,9 @@ def is_abandoned(key: str, metadata: Mapping[str, Any]) -> bool:
 
 def _is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        # One that was killed, and that nobody has asked how it ended, is still listed.
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True
