@@ -72,7 +72,8 @@ class Calibration(NamedTuple):
         turned = misorientation(answer.quaternion.double(), truth.quaternion.double()).cpu().numpy()
         place = np.digitize(radius, edges[0]), np.digitize(rated, edges[1])
         tables = [_table(errors, place, bins) for errors in (away, turned)]
-        return cls(*(_rounded(each) for each in (*edges, *tables)), round(float(np.quantile(rated, 0.01)), 4))
+        values = dict(zip(cls._fields, (_rounded(each) for each in (*edges, *tables, np.quantile(rated, 0.01))), strict=True))
+        return cls(**values)
 
     def devs(self, radius: NDArray[Any], scores: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Look up radius_dev in nm and misorientation_dev in degrees, shape (exposure,) each."""

@@ -28,7 +28,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ __all__ = [
     "Simulator",
     "Solid",
 ]
+
+Floats = NDArray[np.floating[Any]]
 
 WAVELENGTH = 13.5
 """Wavelength in nm."""
@@ -183,18 +185,18 @@ class Detector:
         return 2 * self.wave_number * math.sin(math.radians(self.angle)) / self.pixels
 
     @property
-    def q(self) -> NDArray[np.float64]:
+    def q(self) -> Floats:
         """Transverse q of the pixels along one side in 1/nm, shape (pixels,)."""
         return (np.arange(self.pixels) - (self.pixels - 1) / 2) * self.step
 
     @property
-    def depth(self) -> NDArray[np.float64]:
+    def depth(self) -> Floats:
         """Part of q along the beam, k - k_z, in 1/nm, shape (pixels, pixels)."""
-        square = self.q**2 + self.q[:, None] ** 2
+        square = np.add.outer(self.q**2, self.q**2)
         return square / (self.wave_number + np.sqrt(self.wave_number**2 - square))
 
     @property
-    def modulus(self) -> NDArray[np.float64]:
+    def modulus(self) -> Floats:
         """Length of q, 2 k sin(angle / 2), in 1/nm, shape (pixels, pixels)."""
         return np.sqrt(self.q**2 + self.q[:, None] ** 2 + self.depth**2)
 

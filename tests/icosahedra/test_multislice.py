@@ -11,7 +11,7 @@ from dsnet_bluesky.icosahedra.images import VIEWS, view, viewed_from
 from dsnet_bluesky.icosahedra.multislice import ICOSAHEDRON, SPHERE, Detector, Simulator
 from dsnet_bluesky.icosahedra.rotations import GOLDEN, group, multiply, random_quaternions
 
-from .mie import amplitudes
+from .mie import amplitudes, coefficients
 
 ONE = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
 VOLUME = 5 * (3 + math.sqrt(5)) / 12 * (math.hypot(1, GOLDEN) / 2) ** -3
@@ -55,15 +55,9 @@ class TestMie:
     def test_forward_scattering_obeys_the_optical_theorem(self):
         """Without absorption what is lost is what is scattered."""
         n = np.arange(1, 40)
-        a, b = (part[:39] for part in _coefficients(12.0, 1.3))
+        a, b = coefficients(12.0, 1.3, 39)
         scattered = np.sum((2 * n + 1) * (abs(a) ** 2 + abs(b) ** 2))
-        assert np.sum((2 * n + 1) * (a + b).real) == pytest.approx(scattered, rel=1e-10)
-
-
-def _coefficients(size, index):
-    from .mie import coefficients
-
-    return coefficients(size, index, 45)
+        assert np.sum((2 * n + 1) * np.real(a + b)) == pytest.approx(scattered, rel=1e-10)
 
 
 def test_detector_lies_on_the_ewald_sphere():
