@@ -68,7 +68,7 @@ PADDING = 2
 CHUNK = 40_000_000
 """Elements of the slices of all particles that are worked on at once on a GPU."""
 
-CPU_CHUNK = 4_000_000
+CPU_CHUNK = 1_000_000
 """The same on a CPU."""
 
 Absorption = Literal["intensity", "field", "propagating"]

@@ -11,7 +11,8 @@ from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.icosahedra import Icosahedra
 from dsnet_bluesky.icosahedra.multislice import Detector, Simulator
 from dsnet_bluesky.icosahedra.network import RADIUS
-from dsnet_bluesky.training import icosahedra, load_recipe
+from dsnet_bluesky.icosahedra.rotations import random_quaternions
+from dsnet_bluesky.training import load_recipe
 from dsnet_bluesky.training.icosahedra import CHECKPOINT, Recipe, Training, make_images, train
 from dsnet_bluesky.versions import install_model, load_model
 
@@ -135,7 +136,7 @@ class TestAnswers:
 
     @pytest.fixture(scope="class")
     def frames(self, reader):
-        quaternion = icosahedra.random_quaternions(4, 1)
+        quaternion = random_quaternions(4, 1)
         return reader.simulator(torch.tensor([50.0, 80, 110, 140]), quaternion).numpy()
 
     def test_a_dataset_with_units_and_meaning(self, reader, frames):
