@@ -183,11 +183,13 @@ def paper_loss(answer: Answer, truth: Answer) -> Tensor:
 
 
 def symmetric_loss(answer: Answer, truth: Answer) -> Tensor:
-    """Mean absolute relative error from the nearest equivalent, rounded off at a hundredth.
+    """Mean absolute error from the nearest equivalent, rounded off at a hundredth: radius and x, y, z in their ranges, w as x.
 
-    On the boundary of the fundamental domain two far quaternions are the same orientation; either is right here.
+    On the boundary of the fundamental domain two far quaternions are the same orientation; either is right here. In its own
+    range, which is narrow, w would draw answers back into the domain.
     """
     errors = relative_errors(answer, truth, symmetric=True)
+    errors = errors * errors.new_tensor([RANGE[0] / RANGE[1], 1, 1, 1, 1])
     return functional.smooth_l1_loss(errors, torch.zeros_like(errors), beta=0.01)
 
 
