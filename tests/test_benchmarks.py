@@ -57,18 +57,6 @@ def test_the_quick_ablation_writes_a_whole_report(tmp_path, monkeypatch):
     assert 0 < (tmp_path / "ablation.png").stat().st_size < 150_000
 
 
-def test_the_quick_run_on_icosahedra_writes_a_whole_report(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    importlib.import_module("icosahedra").main(["--quick", "--output", str(tmp_path)])
-    report = (tmp_path / "icosahedra.md").read_text(encoding="utf-8")
-    parts = ("Errors", "Stated errors and flags", "Augmentations", "Off the model", "Forward fitting")
-    assert all(f"## {part}\n" in report for part in parts)
-    rows = ("plain", "all in order", "network", "1 starts")
-    assert all(re.search(rf"^\| {name} \| [0-9]", report, re.MULTILINE) for name in rows)
-    assert "nan" not in report.lower()
-    assert 0 < (tmp_path / "icosahedra.png").stat().st_size < 150_000
-
-
 @pytest.fixture
 def variants(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
