@@ -102,6 +102,8 @@ def accuracy(reader: Icosahedra, case: Case) -> tuple[list[str], dict[str, Answe
     for name, answer in found.items():
         lines.append(line(f"all, {name}", answer, case.truth))
         for where, rows in (("near the boundary", near), ("inside", ~near)):
+            if not rows.any():
+                continue
             inside, truth = (Answer(*(part[rows] for part in each)) for each in (answer, case.truth))
             lines.append(line(f"{where} ({float(rows.double().mean()):.0%}), {name}", inside, truth))
     return lines, found
