@@ -71,7 +71,7 @@ class Flag(enum.IntFlag):
     NOT_CONVERGED = 1
     """The iteration stopped at its limit."""
     POOR_FIT = 2
-    """The re-smeared result misses the measurement: chi2 above 2."""
+    """The re-smeared result misses the measurement: chi2 above 2. Of an image: it is unlike that simulated from the answer."""
     NOISE_ESTIMATED = 4
     """Idev was not measured but estimated from the scatter of the curve."""
     EXTRAPOLATED = 8

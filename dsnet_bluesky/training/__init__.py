@@ -2,8 +2,8 @@
 
 A recipe (TOML) holds every number of a training. `train` follows it and writes a folder with
 the weights, a card in TOML and in Markdown, the recipe itself and the history. An interrupted
-training goes on from its last checkpoint. There are two kinds of recipes: `paper`, for the published
-DSNet, and `unrolled`, for the network of dsnet 2; a recipe of the latter has sessions.
+training goes on from its last checkpoint. There are three kinds of recipes: `paper`, for the published
+DSNet, `unrolled`, for the network of dsnet 2, which has sessions, and `icosahedra`, which has a simulator.
 
 Making curves needs sasmodels: ``pip install dsnet-bluesky[train]``.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.versions import load_model
 
-from . import paper, recipes, unrolled
+from . import icosahedra, paper, recipes, unrolled
 from .checkpoints import begin
 from .machine import hardware
 
 __all__ = ["hardware", "load_recipe", "train"]
 
-Recipe = paper.Recipe | recipes.Recipe
+Recipe = paper.Recipe | recipes.Recipe | icosahedra.Recipe
 Notify = Callable[[int, int, str], None]
 
 
@@ -40,6 +40,8 @@ def load_recipe(recipe: str | Path) -> Recipe:
         if not path.is_file():
             raise BadInput(f"{recipe} was installed without its recipe, {path.name}; give the file of a recipe.")
     text = path.read_text(encoding="utf-8")
+    if "[simulator]" in text:
+        return icosahedra.Recipe.parse(text)
     return recipes.Recipe.parse(text) if "sessions" in text else paper.Recipe.parse(text)
 
 
@@ -75,6 +77,8 @@ def train(recipe: Recipe | str | Path, directory: str | Path, *, device: str = "
         paper.train(
             recipe, directory, device=device, progress=lambda e, n: say(e.epoch, n, words.format(e.training, e.validation))
         )
+    elif isinstance(recipe, icosahedra.Recipe):
+        icosahedra.train(recipe, directory, device=device, notify=notify)
     else:
         unrolled.train(recipe, directory, device=device, notify=notify)
     return directory

@@ -38,7 +38,7 @@ def _readme(card: dict[str, Any]) -> str:
 
 {limits}
 
-{_inputs(card)}{_published(card) if "form_factor" in card["data"] else _unrolled(card)}
+{_inputs(card)}{_told(card)}
 
 ![Losses over the epochs](history.png)
 
@@ -47,6 +47,13 @@ def _readme(card: dict[str, Any]) -> str:
 
 **Licence.** {card["licence"]}. The SHA-256 of the weights is in `model.toml` and is checked whenever they are loaded.
 """
+
+
+def _told(card: dict[str, Any]) -> str:
+    """Tell data and figures, which each kind of model has of its own."""
+    if "simulator" in card:
+        return _icosahedra(card)
+    return _published(card) if "form_factor" in card["data"] else _unrolled(card)
 
 
 def _inputs(card: dict[str, Any]) -> str:
@@ -97,6 +104,43 @@ data. Spheres, cylinders and cubic paracrystals with the dimensionless parameter
 20 steps of Richardson and Lucy's iteration {figures["untreated"]:.2g}, the indirect transform {figures["indirect"]:.2g}.
 
 **Errors.** Correlated, by shares of the variance and lengths in local resolutions: {shares}."""
+
+
+def _icosahedra(card: dict[str, Any]) -> str:
+    """Tell data and figures of a network that reads images of icosahedra."""
+    data, figures, simulator, radius = card["data"], card["figures"], card["simulator"], card["ranges"]["radius"]
+    rows = "\n".join(
+        f"| {words} | {' | '.join(f'{figures[name]:.2%}' for name in _asked(what))} |"
+        for words, what in (
+            ("mean relative error", "mean_relative_error"),
+            ("largest of the five, mean", "maximum_relative_error"),
+            ("median", "median_relative_error"),
+            ("mean, modulo the group", "mean_relative_error_symmetric"),
+        )
+    )
+    middle, far = _asked("misorientation"), _asked("misorientation_95")
+    angles = " | ".join(f"{figures[a]:.2g}, {figures[b]:.2g}" for a, b in zip(middle, far, strict=True))
+    return f"""**Data.** {data["training"]} simulated images for training, {data["validation"]} for validation and {data["test"]}
+for test, radii {radius[0]:g} to {radius[1]:g} nm, all orientations alike; no measured data. Multi-slice Fourier transform,
+{simulator["slices"]} slices of {simulator["points"]} points squared, {simulator["pixels"]} pixels squared up to
+{simulator["angle"]:g} degrees, wavelength {simulator["wavelength"]:g} nm, absorption length
+{simulator["absorption_length"]:g} nm read as *{simulator["absorption"]}*. From {data["peak"][0]:g} to {data["peak"][1]:g} photons
+in the brightest pixel, one per pixel as background.
+
+**Figures.** Errors of the five parameters, each in its range; test images, with the network asked once and for all eight views.
+
+| | one view | eight views |
+|---|---|---|
+{rows}
+| misorientation in degrees, median, 95 % | {angles} |
+
+The radius errs by {figures["test_radius_error"]:.2g} nm in the mean (eight views).
+
+**Symmetry.** Forbids {", ".join(card["symmetry"]["forbids"])}: these images have no centre of symmetry."""
+
+
+def _asked(what: str) -> tuple[str, str]:
+    return f"test_{what}_one_view", f"test_{what}"
 
 
 def to_toml(table: dict[str, Any], prefix: str = "") -> str:

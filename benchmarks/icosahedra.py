@@ -1,0 +1,289 @@
+"""How well icosahedra are read from one image: errors as in the paper, modulo the group, off the model, against forward fitting.
+
+Images are simulated anew, with another seed than those of the training. Writes Markdown and a figure:
+
+    python benchmarks/icosahedra.py             # about 15 minutes on one thread, most of it for forward fitting
+    python benchmarks/icosahedra.py --quick     # a smoke test
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from provenance import provenance
+from scipy.optimize import minimize
+from torch import Tensor
+
+from dsnet_bluesky.data import Flag
+from dsnet_bluesky.icosahedra import Icosahedra, Simulator
+from dsnet_bluesky.icosahedra.answers import answers, score
+from dsnet_bluesky.icosahedra.images import AUGMENTATIONS, exposed, log_image
+from dsnet_bluesky.icosahedra.multislice import SPHERE
+from dsnet_bluesky.icosahedra.network import RADIUS, Answer, relative_errors
+from dsnet_bluesky.icosahedra.rotations import group, misorientation, multiply, random_quaternions, reduced
+from dsnet_bluesky.training.icosahedra import figures_of
+from dsnet_bluesky.versions import load_model
+
+SEED = 977
+PEAK = 1e6
+BOUNDARY = 2.0
+"""Degrees from the boundary of the fundamental domain within which an orientation is near it."""
+STEPS = 50
+"""Simulations of one simplex, as in the paper."""
+READINGS = ("intensity", "field", "propagating")
+
+
+class Case(NamedTuple):
+    """Counts, and what they show."""
+
+    counts: Tensor
+    truth: Answer
+
+
+def drawn(count: int, seed: int = SEED) -> Answer:
+    """Draw radii and orientations."""
+    generator = torch.Generator().manual_seed(seed)
+    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * torch.rand(count, generator=generator)
+    return Answer(radius, random_quaternions(count, generator).float())
+
+
+def measured(simulator: Simulator, truth: Answer, peak: float = PEAK) -> Case:
+    """Simulate and expose."""
+    images = simulator(*truth)
+    return Case(exposed(images, torch.full((len(images),), peak), torch.Generator().manual_seed(SEED)), truth)
+
+
+def boundary_distance(quaternion: Tensor) -> Tensor:
+    """Angle in degrees by which an orientation must turn, at least, to reach the boundary of the fundamental domain, about.
+
+    Half of the difference between the angles to the nearest and to the second nearest of the 60 equivalents of no rotation.
+    """
+    overlap = multiply(reduced(quaternion)[:, None], group(quaternion))[..., 0].abs().clamp(max=1)
+    angles = torch.rad2deg(2 * torch.arccos(overlap)).sort(dim=1).values
+    return (angles[:, 1] - angles[:, 0]) / 2
+
+
+def line(name: str, answer: Answer, truth: Answer, more: str = "") -> str:
+    """Lay out the figures of one set of answers."""
+    found = figures_of(answer, truth)
+    errors = " | ".join(
+        f"{100 * found[f'{kind}_relative_error{which}']:.2f}" for which in ("", "_symmetric") for kind in ("mean", "maximum")
+    )
+    angles = f"{found['misorientation']:.2f}, {found['misorientation_95']:.2f}"
+    return f"| {name} | {errors} | {found['radius_error']:.2f} | {angles} |{more}"
+
+
+HEADER = """\
+| {} | mean | maximum | mean, group | maximum, group | radius | misorientation |
+|---|---|---|---|---|---|---|"""
+
+
+def table(label: str, lines: Sequence[str], more: Sequence[str] = ()) -> str:
+    """Lay out a table of errors."""
+    head = HEADER.format(label).split("\n")
+    head = [head[0] + "".join(f" {word} |" for word in more), head[1] + "---|" * len(more)]
+    return "\n".join([*head, *lines])
+
+
+def accuracy(reader: Icosahedra, case: Case) -> tuple[list[str], dict[str, Answer]]:
+    """Ask once and for all views; near the boundary of the fundamental domain and inside."""
+    image = log_image(case.counts)
+    found = {"one view": answers(reader.network, image, 1), "eight views": answers(reader.network, image)}
+    near = boundary_distance(case.truth.quaternion) < BOUNDARY
+    lines = []
+    for name, answer in found.items():
+        lines.append(line(f"all, {name}", answer, case.truth))
+        for where, rows in (("near the boundary", near), ("inside", ~near)):
+            if not rows.any():
+                continue
+            inside, truth = (Answer(*(part[rows] for part in each)) for each in (answer, case.truth))
+            lines.append(line(f"{where} ({float(rows.double().mean()):.0%}), {name}", inside, truth))
+    return lines, found
+
+
+def robustness(reader: Icosahedra, case: Case) -> list[str]:
+    """Change the images by each augmentation."""
+    image, lines = log_image(case.counts), []
+    for name, change in AUGMENTATIONS.items():
+        answer = answers(reader.network, change(image, torch.Generator().manual_seed(SEED)))
+        lines.append(line(name.replace("_", " "), answer, case.truth))
+    return lines
+
+
+def off_model(reader: Icosahedra, truth: Answer) -> list[str]:
+    """Simulate with another absorption, on a finer grid, at other doses; and make the images centrosymmetric."""
+    base = reader.simulator
+    cases = {
+        "as trained": measured(base, truth),
+        **{f"absorption read as {name}": measured(dataclasses.replace(base, absorption=name), truth) for name in READINGS},
+        **{f"absorption length {x:g} nm": measured(dataclasses.replace(base, length=x), truth) for x in (10.0, 15.0)},
+        "delta 0.08": measured(dataclasses.replace(base, refraction=0.08), truth),
+        "grid of 128 points, 128 slices": measured(dataclasses.replace(base, points=128, slices=128), truth),
+        **{f"{peak:.0e} photons at the peak": measured(base, truth, peak) for peak in (1e4, 1e5, 1e8)},
+    }
+    turned = torch.rot90(cases["as trained"].counts, 2, (-2, -1))
+    cases["averaged with opposite pixels"] = Case((cases["as trained"].counts + turned) / 2, truth)
+    return [line(name, *_read(reader, case)) for name, case in cases.items()]
+
+
+def _read(reader: Icosahedra, case: Case) -> tuple[Answer, Answer, str]:
+    result = reader(case.counts.numpy())
+    answer = Answer(torch.tensor(result["radius"].values).float(), torch.tensor(result["quaternion"].values).float())
+    poor = float(np.mean((result["flags"].values & int(Flag.POOR_FIT)) > 0))
+    return answer, case.truth, f" {float(result['score'].median()):.3f} | {poor:.0%} |"
+
+
+def honesty(reader: Icosahedra, case: Case) -> str:
+    """Say how many truths lie within the stated errors, and what becomes of spheres."""
+    result = reader(case.counts.numpy())
+    away = np.abs(result["radius"].values - case.truth.radius.numpy()) / result["radius_dev"].values
+    angle = misorientation(torch.tensor(result["quaternion"].values), case.truth.quaternion.double()).numpy()
+    angle = angle / result["misorientation_dev"].values
+    shares = [f"{np.mean(each <= k):.0%}" for each in (away, angle) for k in (1, 2)]
+    spheres = measured(dataclasses.replace(reader.simulator, solid=SPHERE), case.truth)
+    flagged = np.mean((reader(spheres.counts.numpy())["flags"].values & int(Flag.POOR_FIT)) > 0)
+    return (
+        f"Within one and two `radius_dev`: {shares[0]} and {shares[1]}; within one and two `misorientation_dev`: {shares[2]} and "
+        f"{shares[3]} (68 % wanted within one). Of {len(away)} spheres {flagged:.0%} are flagged POOR_FIT."
+    )
+
+
+def fitted(simulator: Simulator, case: Case, starts: int) -> list[Answer]:
+    """Fit each image by simplexes (Nelder-Mead) from random starts; gives the best answer after each start."""
+    best = [Answer(torch.zeros(len(case.counts)), torch.zeros(len(case.counts), 4)) for _ in range(starts)]
+    for number, counts in enumerate(case.counts):
+        least, kept = np.inf, np.zeros(4)
+        begin = drawn(starts, SEED + 1 + number)
+        for start in range(starts):
+            value, found = simplex(simulator, counts[None], begin.radius[start], begin.quaternion[start])
+            least, kept = min((least, kept), (value, found), key=lambda pair: pair[0])
+            answer = _unpacked(kept)
+            best[start].radius[number], best[start].quaternion[number] = answer.radius[0], answer.quaternion[0]
+    return best
+
+
+def simplex(simulator: Simulator, counts: Tensor, radius: Tensor, quaternion: Tensor) -> tuple[float, Any]:
+    """Minimise 1 - score by one simplex over ln of the radius and the rotation vector from the start."""
+    first = np.array([float(radius.log()), *(0.0,) * 3])
+
+    def misfit(x: Any) -> float:
+        moved = np.concatenate([x, quaternion.numpy()])
+        return 1 - float(score(simulator, counts, _unpacked(moved)))
+
+    corners = np.vstack([first, first + np.diag([0.1, 0.2, 0.2, 0.2])])
+    result = minimize(misfit, first, method="Nelder-Mead", options={"maxfev": STEPS, "initial_simplex": corners})
+    return float(result.fun), np.concatenate([result.x, quaternion.numpy()])
+
+
+def _unpacked(x: Any) -> Answer:
+    """Give ln of the radius, a rotation vector and the quaternion that it turns as an answer."""
+    values = torch.tensor(x, dtype=torch.float32)
+    half = values[1:4] / 2
+    turn = torch.cat([torch.ones(1), half])
+    return Answer(values[:1].exp(), multiply(turn / turn.norm(), values[4:])[None])
+
+
+def comparison(reader: Icosahedra, count: int, starts: int) -> list[str]:
+    """Compare with forward fitting, on the coarser grid that the fit simulates with as well."""
+    coarse = dataclasses.replace(reader.simulator, points=48, slices=48)
+    case = measured(coarse, drawn(count, SEED + 500))
+    lines = [line("network", answers(reader.network, log_image(case.counts)), case.truth, f" {'8 views'} |")]
+    started = time.perf_counter()
+    best = fitted(coarse, case, starts)
+    seconds = (time.perf_counter() - started) / count / starts
+    for number in sorted({n for n in (1, 2, 5, 10, 20, 50) if n <= starts} | {starts}):
+        answer = best[number - 1]
+        lines.append(line(f"{number} starts", answer, case.truth, f" {number * STEPS} simulations, {number * seconds:.1f} s |"))
+    return lines
+
+
+def draw(found: dict[str, Answer], truth: Answer, path: Path) -> None:
+    """Draw the errors as in the paper's Fig. 4a, and the misorientations."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bins = np.geomspace(1e-2, 100, 60)
+    for (name, answer), style in zip(found.items(), (":", "-"), strict=True):
+        errors = 100 * relative_errors(answer, truth).abs().numpy()
+        for kind, values, colour in (("mean", errors.mean(axis=1), "C0"), ("maximum", errors.max(axis=1), "C1")):
+            left.hist(values, bins, histtype="step", color=colour, ls=style, label=f"{kind}, {name}")
+        right.hist(
+            misorientation(answer.quaternion, truth.quaternion).numpy(), bins, histtype="step", color="k", ls=style, label=name
+        )
+    left.set(xscale="log", xlabel="relative error of the five parameters / %", ylabel="images")
+    right.set(xscale="log", xlabel="misorientation modulo the group / degrees")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def speed(reader: Icosahedra, case: Case) -> str:
+    """Time one image, and the parts of it."""
+    image, counts = log_image(case.counts[:1]), case.counts[:1].numpy()
+    times = {
+        "the network, one view": lambda: answers(reader.network, image, 1),
+        "eight views": lambda: answers(reader.network, image),
+        "the whole call with the score": lambda: reader(counts),
+    }
+    words = []
+    for name, work in times.items():
+        work()
+        taken = []
+        for _ in range(9):
+            started = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - started)
+        words.append(f"{name} {1e3 * float(np.median(taken)):.1f} ms")
+    return f"One image: {', '.join(words)}."
+
+
+PROTOCOL = """\
+{count} images of {model}, radii 30 to 160 nm, all orientations alike, {peak:.0e} photons in the brightest pixel and one per pixel
+as background. Relative errors in per cent: of the five parameters, each in its range, the mean and the maximum, averaged over
+images; the quaternion in the fundamental domain as in the paper, or (group) from the equivalent nearest to the answer. Radius:
+mean error in nm. Misorientation modulo the group: median and 95 % quantile in degrees."""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run all parts and write the report."""
+    parser = argparse.ArgumentParser(description="How well icosahedra are read from one image.")
+    parser.add_argument("--quick", action="store_true", help="smoke test: a few images")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
+    parser.add_argument("--model", default="icosahedra", help="a released model, or the folder of one")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--fits", type=int, default=10, help="images that are fitted")
+    parser.add_argument("--starts", type=int, default=20, help="starts of a fit")
+    arguments = parser.parse_args(words)
+    count, fits, starts = (8, 1, 1) if arguments.quick else (arguments.images, arguments.fits, arguments.starts)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    reader = Icosahedra(load_model(arguments.model))
+    case = measured(reader.simulator, drawn(count))
+    lines, found = accuracy(reader, case)
+    draw(found, case.truth, arguments.output / "icosahedra.png")
+    few = Answer(*(part[: max(4, count // 5)] for part in case.truth))
+    parts = [
+        "# Icosahedra from one image",
+        provenance(
+            "python benchmarks/icosahedra.py" + " --quick" * arguments.quick, ("dsnet-bluesky", "torch", "numpy", "scipy")
+        ),
+        PROTOCOL.format(count=count, model=reader.model.reference, peak=PEAK),
+        f"## Errors\n\n{table('images', lines)}\n\n![Histograms of errors](icosahedra.png)",
+        f"## Stated errors and flags\n\n{honesty(reader, case)}\n\n{speed(reader, case)}",
+        f"## Augmentations\n\nEight views.\n\n{table('change', robustness(reader, case))}",
+        f"## Off the model\n\n{len(few.radius)} images, eight views; the median of the score and the share flagged POOR_FIT.\n\n"
+        + table("images", off_model(reader, few), ("score", "flagged")),
+        f"## Forward fitting\n\n{fits} images; simplexes of {STEPS} simulations from random starts, the best by the score; "
+        f"48 points, 48 slices for images and fit.\n\n{table('method', comparison(reader, fits, starts), ('cost',))}",
+    ]
+    (arguments.output / "icosahedra.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
