@@ -131,23 +131,28 @@ def loss(answer: Tensor, kept: Tensor, readings: Tensor, share: Tensor) -> Tenso
     Parameters
     ----------
     answer
-        Of `expected` for the photons that were shown, shape (batch, y, x).
+        Of `expected` for the photons that were shown, which are `share` of all, shape (batch, y, x).
     kept, readings
         Photons kept and mates that count, shape (batch, y, x).
     share
         Probability to be shown, shape (batch, 1, 1).
     """
-    mean = answer * (1 - share) / share * readings / 2
-    each = torch.where(readings > 0, mean - torch.xlogy(kept, mean), 0.0)
-    return each.sum() / (readings > 0).sum().clamp_min(1)
+    seen, mean = _kept_mean(answer, readings, share)
+    each = torch.where(seen, mean - torch.xlogy(kept, mean), 0.0)
+    return each.sum() / seen.sum().clamp_min(1)
 
 
 def deviance(answer: Tensor, kept: Tensor, readings: Tensor, share: Tensor) -> Tensor:
     """Poisson deviance of the photons that were kept, a pixel, for each frame: shape (batch,)."""
-    mean = answer * (1 - share) / share * readings / 2
+    seen, mean = _kept_mean(answer, readings, share)
     each = torch.xlogy(kept, kept) - torch.xlogy(kept, mean) - kept + mean
-    seen = readings > 0
     return 2 * torch.where(seen, each, 0.0).sum(dim=(-2, -1)) / seen.sum(dim=(-2, -1)).clamp_min(1)
+
+
+def _kept_mean(answer: Tensor, readings: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pixels are seen, and the mean of their photons kept; 1 elsewhere, for a gradient of 0 / 0 would spoil all."""
+    seen = readings > 0
+    return seen, torch.where(seen, answer * (1 - share) / share * readings / 2, 1.0)
 
 
 @torch.inference_mode()

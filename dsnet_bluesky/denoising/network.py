@@ -19,6 +19,9 @@ __all__ = ["DenoiserConfig", "UNet", "Variant"]
 
 Variant = Literal["symmetry", "paper"]
 
+ALIVE = 0.1
+"""First bias of the published variant's output: a ReLU that is zero everywhere learns nothing."""
+
 SLOPE = 0.1
 """Of the activation below zero."""
 
@@ -86,6 +89,9 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(_block(a, b) for a, b in zip((config.inputs, *widths), widths, strict=False))
         self.up = nn.ModuleList(_block(a + b, a) for a, b in itertools.pairwise(widths))
         self.head = nn.Conv2d(widths[0], 1, 1)
+        nn.init.constant_(self.head.bias, ALIVE if config.variant == "paper" else 0.0)  # type: ignore[arg-type]
+        if config.variant == "symmetry":
+            nn.init.zeros_(self.head.weight)  # the first answer is the smooth frame
 
     @property
     def stride(self) -> int:

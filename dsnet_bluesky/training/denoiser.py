@@ -57,8 +57,8 @@ REPEATS = 4
 WIDTHS = (1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 """Standard deviations in pixels of the Gaussian filters that a network must be better than."""
 
-SURE = 2.0
-"""Standard errors by which it must be better."""
+SURE = 1.0
+"""Standard errors, over frames, by which it must be better; frames differ by more than their photons do."""
 
 WARM_UP = 0.05
 """Part of the steps in which the learning rate rises."""
