@@ -119,7 +119,7 @@ class SymmetryDenoiser:
         chi2 = ring_chi2(denoised, frames, numbered)
         if conserving:
             denoised = conserve(denoised, frames, numbered)
-        seen = grid.back(fold(centred[:1], valid).readings[None].astype(float))[0] > 0
+        seen = ~masked | (grid.back(fold(centred[:1], valid).readings[None].astype(float))[0] > 0)
         mean = frames.sum(axis=(1, 2)) / (~masked).sum()
         return self._dataset(np.where(seen, denoised, np.nan), mean, chi2, symmetry, grid)
 

@@ -177,8 +177,11 @@ def desmear_sector(
 def _with_noise(result: xr.Dataset, noise: Floats) -> xr.Dataset:
     """Put the bootstrap's error in the place of what the method took the noise to make."""
     Idev = result["Idev"].values
-    own = np.sqrt(np.maximum(Idev**2 - result["Idev_noise"].values ** 2, 0.0)) if "Idev_noise" in result else 0.0
+    told = result["Idev_noise"].values if "Idev_noise" in result else np.full_like(Idev, np.nan)
+    own = np.sqrt(np.maximum(Idev**2 - told**2, 0.0))
+    # A method that cannot tell its own error from the noise keeps the larger of both.
+    whole = np.where(np.isfinite(told), np.hypot(own, noise), np.maximum(Idev, noise))
     attrs = result["Idev"].attrs
-    joined = result.assign(Idev=("q", np.hypot(own, noise), attrs), Idev_noise=("q", noise, attrs))
+    joined = result.assign(Idev=("q", whole, attrs), Idev_noise=("q", noise, attrs))
     joined["Idev_noise"].attrs["long_name"] = "part of Idev that the noise of the measurement makes"
     return joined
