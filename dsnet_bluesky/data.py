@@ -40,6 +40,10 @@ LONG_NAMES = {
     "status": "ok or failed",
     "answer": "what answered: the network, proximal steps from it, or a classical method in its place",
     "chi2_network": "chi2 of the network's answer, before any step towards the measurement",
+    "chi2_rings": "reduced chi2 of the model's ring sums against the measured ones",
+    "chi2_symmetry": "reduced chi2 between pixels and their mates across the beam",
+    "counts_per_pixel": "mean counts of the pixels that count",
+    "denoised": "expected counts",
     "diameter": "largest dimension of the scatterer in nm",
     "iterations": "steps of the iteration",
     "loss_first": "loss of the re-smeared curve before fine-tuning",
@@ -80,6 +84,12 @@ class Flag(enum.IntFlag):
     """The model was not trained for such a curve or operator."""
     SUBSTITUTED = 32
     """The model's answer missed the measurement; a classical method's is given, named by the variable `answer`."""
+    ASYMMETRIC = 64
+    """The frame breaks the symmetry that the model rests on."""
+    BIASED = 128
+    """Rings of the model's frame miss the measured ones: their chi2 is above 1.2."""
+    FEW_COUNTS = 256
+    """The frame holds fewer than 0.1 counts a pixel."""
 
 
 def curve(

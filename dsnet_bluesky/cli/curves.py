@@ -24,6 +24,9 @@ FLAG_WORDS = {
     "EXTRAPOLATED": "the smearing reaches beyond the measured range: mind the ends of the curve",
     "OUT_OF_RANGE": "the model was not trained for such a curve or resolution",
     "SUBSTITUTED": "the model's answer missed the measurement; a classical method's is given",
+    "ASYMMETRIC": "the frame breaks the symmetry that the model rests on",
+    "BIASED": "rings of the model's frame miss the measured ones",
+    "FEW_COUNTS": "the frame holds too few counts",
 }
 """What each `data.Flag` means to a user."""
 

@@ -43,7 +43,7 @@ def _readme(card: dict[str, Any]) -> str:
 ![Losses over the epochs](history.png)
 
 **Made** on {made["date"]} with torch {made["torch"]} in {made["seconds"] / 60:.0f} minutes on {made["hardware"]}.
-`dsnet-bluesky train {card["name"]}:{card["version"]}` repeats it from `recipe.toml`.
+{_again(card)}
 
 **Licence.** {card["licence"]}. The SHA-256 of the weights is in `model.toml` and is checked whenever they are loaded.
 """
@@ -53,7 +53,16 @@ def _told(card: dict[str, Any]) -> str:
     """Tell data and figures, which each kind of model has of its own."""
     if "simulator" in card:
         return _icosahedra(card)
-    return _published(card) if "form_factor" in card["data"] else _unrolled(card)
+    if "form_factor" in card["data"]:
+        return _published(card)
+    return _denoiser(card) if "needs" in card.get("symmetry", {}) else _unrolled(card)
+
+
+def _again(card: dict[str, Any]) -> str:
+    """Tell how the training is repeated."""
+    if "runs" in card["data"]:
+        return "`recipe.toml` holds every number of the training; the frames are those of the runs named above."
+    return f"`dsnet-bluesky train {card['name']}:{card['version']}` repeats it from `recipe.toml`."
 
 
 def _inputs(card: dict[str, Any]) -> str:
@@ -81,6 +90,24 @@ without noise; {data["training"]} for training, {data["validation"]} for validat
 **Figures** (mean squared error of ln I). At epoch {figures["epoch"]} of {figures["epochs"]}, whose weights are kept:
 training {figures["training_loss"]:.4g}, validation {figures["validation_loss"]:.4g}.
 The validation curves as they are, smeared: {figures["validation_loss_untreated"]:.4g}."""
+
+
+def _denoiser(card: dict[str, Any]) -> str:
+    """Tell data and figures of a denoiser by symmetry."""
+    data, figures = card["data"], card["figures"]
+    least, most = card["ranges"]["counts_per_pixel"]
+    runs = f" Runs: {', '.join(data['runs'])}." if data["runs"] else ""
+    judged = (
+        f"""Poisson deviance a pixel of held-out photons {figures["deviance"]:.5f}, of the best Gaussian filter
+({figures["gaussian_width"]:g} pixels) {figures["deviance_gaussian"]:.5f}."""
+        if "deviance" in figures
+        else f"Mean squared error of held-out halves {figures['held_out_mse']:.3g}."
+    )
+    return f"""**Training data.** {data["frames"]} measured or simulated frames of one scan, {data["training"]} for training and
+{data["held_out"]} held out; no clean frame. In range are {least:g} to {most:g} counts a pixel.{runs}
+
+**Figures.** {judged}
+chi2 between mates: {figures["chi2_symmetry"]:.4f} +- {figures["chi2_symmetry_error"]:.4f} (1 for a symmetric pattern)."""
 
 
 def _unrolled(card: dict[str, Any]) -> str:
