@@ -3,7 +3,7 @@ r"""Images of a single particle at wide angles: the multi-slice Fourier transfor
 The beam runs along +z with the wave number k = 2 pi / wavelength. Elastic scattering into the transverse (q_x, q_y) leaves
 ``k_z = sqrt(k^2 - q_x^2 - q_y^2)``, so that the detector lies on the Ewald sphere and sees the depth of the particle too:
 
-``F(q_x, q_y) = sum_j exp(i (k - k_z) z_j) int int a(x, y, z_j) exp(-i (q_x x + q_y y)) dx dy``,   I = |F|^2.
+``F(q_x, q_y) = sum_j exp(i (k - k_z) z_j) int int a(x, y, z_j) exp(-i (q_x x + q_y y)) dx dy``,   I = ``|F|^2``.
 
 What a slice at z_j contributes depends on the reading of absorption over the length t of matter that the beam has gone through:
 
