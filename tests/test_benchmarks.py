@@ -69,15 +69,6 @@ def test_the_quick_ablation_writes_a_whole_report(tmp_path, monkeypatch):
     assert 0 < (tmp_path / "ablation.png").stat().st_size < 150_000
 
 
-@pytest.mark.slow
-def test_a_quick_denoising_writes_a_whole_report(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    importlib.import_module("denoise").main(["--quick", "--output", str(tmp_path), "--cache", str(tmp_path / "cache")])
-    report = (tmp_path / "denoise.md").read_text(encoding="utf-8")
-    assert all(f"\n| {name} | " in report for name in ("**symmetry denoiser**", "Noise2Void", "symmetry average + Gaussian"))
-    assert "nan" not in report.lower()
-
-
 @pytest.fixture
 def variants(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
