@@ -1,7 +1,10 @@
-"""What both trainings keep on disk: a directory that holds no finished model, and checkpoints."""
+"""What all trainings keep on disk: recipes that can be read, a directory that holds no finished model, and checkpoints."""
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,27 @@ from dsnet_bluesky.atomic import replacing
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.versions import CARD
 
-__all__ = ["begin", "load_checkpoint", "save_checkpoint"]
+__all__ = ["begin", "load_checkpoint", "numbers_of", "reading", "resume_steps", "save_checkpoint", "save_steps"]
+
+
+@contextmanager
+def reading(example: str) -> Iterator[None]:
+    """Say of a recipe that is read from TOML what is wrong with it, and which one to compare it with.
+
+    Raises
+    ------
+    BadInput
+        If it is not TOML, or a key is missing or unknown.
+    """
+    try:
+        yield
+    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise BadInput(f"The recipe cannot be read ({error}); compare it with {example}.") from error
+
+
+def numbers_of(source: str) -> str:
+    """Return a recipe without the words for its card: what a checkpoint depends on."""
+    return source.partition("[card]")[0]
 
 
 def begin(directory: str | Path) -> Path:
@@ -58,3 +81,45 @@ def load_checkpoint(path: Path, recipe: str, device: str) -> dict[str, Any] | No
     if saved["recipe"] != recipe:
         raise BadInput(f"{path} belongs to another recipe; delete it or give another directory.")
     return saved
+
+
+def save_steps(path: Path, training: Any, parts: Sequence[str]) -> None:
+    """Write the checkpoint of a training that counts steps.
+
+    Parameters
+    ----------
+    path
+        Of the checkpoint.
+    training
+        With `step`, `seconds`, `history` and `recipe`.
+    parts
+        Names of what of it has a state: networks, optimizers.
+    """
+    states = {name: getattr(training, name).state_dict() for name in parts}
+    history = [tuple(progress) for progress in training.history]
+    about = {"step": training.step, "seconds": training.seconds, "history": history, "recipe": training.recipe.numbers}
+    save_checkpoint(path, {**states, **about})
+
+
+def resume_steps(path: Path, training: Any, parts: Sequence[str], progress: Callable[..., Any]) -> None:
+    """Let a training go on from the checkpoint of `save_steps`, if there is one.
+
+    Parameters
+    ----------
+    path, training, parts
+        As for `save_steps`.
+    progress
+        What an entry of `history` is.
+
+    Raises
+    ------
+    BadInput
+        If the checkpoint was written by another recipe.
+    """
+    saved = load_checkpoint(path, training.recipe.numbers, training.device)
+    if saved is None:
+        return
+    for name in parts:
+        getattr(training, name).load_state_dict(saved[name])
+    training.step, training.seconds = saved["step"], saved["seconds"]
+    training.history = [progress(*entry) for entry in saved["history"]]

@@ -38,7 +38,7 @@ from dsnet_bluesky.network import check_device
 from dsnet_bluesky.versions import WEIGHTS, sha256_of, write_card
 from dsnet_bluesky.versions.readme import to_toml
 
-from .checkpoints import begin, load_checkpoint, save_checkpoint
+from .checkpoints import begin, load_checkpoint, reading, save_checkpoint
 from .machine import hardware
 
 __all__ = ["DenoiserRecipe", "Scan", "prepare_scan", "schedule", "train_denoiser"]
@@ -144,11 +144,9 @@ class DenoiserRecipe:
         BadInput
             If it is not TOML, or a key is unknown.
         """
-        try:
+        with reading("recipe.toml of a trained denoiser"):
             values = tomllib.loads(text)
             return cls(architecture=DenoiserConfig.from_dict(values.pop("architecture")), **values)
-        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"The recipe cannot be read ({error}); compare it with recipe.toml of a trained denoiser.") from error
 
     @property
     def source(self) -> str:

@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.library.families import form_factor
 from dsnet_bluesky.network import DSNet, NetworkConfig
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.versions import WEIGHTS, sha256_of, write_card
 
-from .checkpoints import begin, load_checkpoint, save_checkpoint
+from .checkpoints import begin, load_checkpoint, reading, save_checkpoint
 from .machine import hardware
 
 __all__ = ["Curves", "Epoch", "Recipe", "make_curves", "train"]
@@ -104,7 +103,7 @@ class Recipe:
         BadInput
             If it is not TOML, or a key is missing or unknown.
         """
-        try:
+        with reading("models/dsnet-paper-1.0.0/recipe.toml"):
             values = tomllib.loads(text)
             data = values.pop("data")
             data["values"], data["q"] = Range(**data["values"]), Range(**data["q"])
@@ -115,10 +114,6 @@ class Recipe:
                 source=text,
                 **values,
             )
-        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-            raise BadInput(
-                f"The recipe cannot be read ({error}); compare it with models/dsnet-paper-1.0.0/recipe.toml."
-            ) from error
 
 
 @dataclass(frozen=True)

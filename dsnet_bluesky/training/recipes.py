@@ -6,8 +6,9 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.unrolled import UnrolledConfig
+
+from .checkpoints import numbers_of, reading
 
 __all__ = ["DataRecipe", "Recipe", "Schedule"]
 
@@ -59,7 +60,7 @@ class Recipe:
         BadInput
             If it is not TOML, or a key is missing or unknown.
         """
-        try:
+        with reading("models/dsnet-2.0.0/recipe.toml"):
             values = tomllib.loads(text)
             data = values.pop("data")
             data["points"] = tuple(data["points"])
@@ -70,13 +71,11 @@ class Recipe:
                 source=text,
                 **values,
             )
-        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"The recipe cannot be read ({error}); compare it with models/dsnet-2.0.0/recipe.toml.") from error
 
     @property
     def numbers(self) -> str:
         """The recipe without the words for its card: what a checkpoint depends on."""
-        return self.source.partition("[card]")[0]
+        return numbers_of(self.source)
 
     @property
     def origin(self) -> dict[str, Any]:

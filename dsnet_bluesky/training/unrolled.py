@@ -35,7 +35,7 @@ from dsnet_bluesky.network import has_bfloat16
 from dsnet_bluesky.unrolled import Answer, Unrolled
 from dsnet_bluesky.versions import WEIGHTS, load_model, sha256_of, write_card
 
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import resume_steps, save_steps
 from .machine import hardware
 from .recipes import Recipe
 from .sessions import LIBRARY, make_repeats, prepare
@@ -53,6 +53,9 @@ SPARSE = 7
 
 ARRIVING = 0.75
 """Part of the steps over which sessions come in, evenly: a step sees the one that is new, or returns to one before."""
+
+PARTS = ("network", "average", "optimizer")
+"""Of a training, that a checkpoint holds."""
 
 WARM_UP = 200
 """Steps over which the step size rises."""
@@ -181,11 +184,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a crash while writing leaves the one before."""
-        state = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
-        history = [tuple(progress) for progress in self.history]
-        save_checkpoint(
-            path, {**state, "step": self.step, "seconds": self.seconds, "history": history, "recipe": self.recipe.numbers}
-        )
+        save_steps(path, self, PARTS)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint, if there is one.
@@ -195,13 +194,7 @@ class Training:
         BadInput
             If the checkpoint was written by another recipe.
         """
-        saved = load_checkpoint(path, self.recipe.numbers, self.device)
-        if saved is None:
-            return
-        for name in ("network", "average", "optimizer"):
-            getattr(self, name).load_state_dict(saved[name])
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        self.history = [Progress(*progress) for progress in saved["history"]]
+        resume_steps(path, self, PARTS, Progress)
 
 
 def _first(recipe: Recipe) -> Unrolled:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.icosahedra.model import simulator_from
 from dsnet_bluesky.icosahedra.network import LOSSES, NetworkConfig
+from dsnet_bluesky.training.checkpoints import numbers_of, reading
 
 __all__ = ["DataRecipe", "Recipe", "Schedule"]
 
@@ -72,7 +73,7 @@ class Recipe:
         BadInput
             If it is not TOML, or a key is missing or unknown.
         """
-        try:
+        with reading("models/icosahedra-1.0.0/recipe.toml"):
             values = tomllib.loads(text)
             data = values.pop("data")
             data["peak"] = tuple(data["peak"])
@@ -83,10 +84,6 @@ class Recipe:
                 source=text,
                 **values,
             )
-        except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-            raise BadInput(
-                f"The recipe cannot be read ({error}); compare it with models/icosahedra-1.0.0/recipe.toml."
-            ) from error
         if recipe.schedule.loss not in LOSSES:
             raise BadInput(f"There is no loss {recipe.schedule.loss!r}; take {' or '.join(LOSSES)}.")
         simulator_from(recipe.simulator)
@@ -95,4 +92,4 @@ class Recipe:
     @property
     def numbers(self) -> str:
         """The recipe without the words for its card: what a checkpoint depends on."""
-        return self.source.partition("[card]")[0]
+        return numbers_of(self.source)

@@ -16,12 +16,15 @@ from dsnet_bluesky.icosahedra.images import VIEWS, augment, log_image, standardi
 from dsnet_bluesky.icosahedra.network import LOSSES, Answer, ResNet, relative_errors
 from dsnet_bluesky.icosahedra.rotations import misorientation
 from dsnet_bluesky.network import has_bfloat16
-from dsnet_bluesky.training.checkpoints import load_checkpoint, save_checkpoint
+from dsnet_bluesky.training.checkpoints import resume_steps, save_steps
 
 from .images import Images, expose, generator_of
 from .recipe import Recipe
 
 __all__ = ["Progress", "Training"]
+
+PARTS = ("network", "optimizer")
+"""Of a training, that a checkpoint holds."""
 
 WARM_UP = 0.03
 """Part of the steps over which the learning rate rises."""
@@ -110,11 +113,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a crash while writing leaves the one before."""
-        state = {name: getattr(self, name).state_dict() for name in ("network", "optimizer")}
-        history = [tuple(progress) for progress in self.history]
-        save_checkpoint(
-            path, {**state, "step": self.step, "seconds": self.seconds, "history": history, "recipe": self.recipe.numbers}
-        )
+        save_steps(path, self, PARTS)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint, if there is one.
@@ -124,10 +123,4 @@ class Training:
         BadInput
             If the checkpoint was written by another recipe.
         """
-        saved = load_checkpoint(path, self.recipe.numbers, self.device)
-        if saved is None:
-            return
-        self.network.load_state_dict(saved["network"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        self.history = [Progress(*progress) for progress in saved["history"]]
+        resume_steps(path, self, PARTS, Progress)
