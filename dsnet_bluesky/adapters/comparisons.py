@@ -15,10 +15,13 @@ from sqlalchemy.dialects.postgresql import JSONB
 from tiled.catalog import adapter
 from tiled.queries import Comparison, Eq, In, Operator
 
-__all__ = ["KEYS", "VALUES", "compare"]
+__all__ = ["KEYS", "TOGETHER", "VALUES", "compare"]
 
 KEYS = ("raw_uid", "sample_name", "status", "method", "model_order", "original_start_time", "updated", "chi2_largest")
 """Keys of results' metadata that are compared and sorted by; all hold plain words and numbers."""
+
+TOGETHER = (("method", "original_start_time"),)
+"""Keys of which the first is compared where the second is sorted by: a rare method's page is not picked out of all results."""
 
 VALUES = {"postgresql": "({t}metadata -> '{key}')", "sqlite": """json_extract({t}metadata, '$."{key}"')"""}
 """What the databases call the value of a key: in PostgreSQL as Tiled sorts by it, in SQLite as it compares with it."""

@@ -13,7 +13,7 @@ from tiled.utils import ensure_specified_sql_driver
 
 from dsnet_bluesky.data import BadInput
 
-from .comparisons import KEYS, VALUES
+from .comparisons import KEYS, TOGETHER, VALUES
 from .latest import WORDINGS
 
 __all__ = ["create_indexes", "definitions"]
@@ -38,8 +38,9 @@ def definitions(dialect: str) -> dict[str, str]:
     wording = WORDINGS[dialect]
     ranks = ", ".join(f"{rank.format(t='')} DESC" for rank in wording.ranks)
     found = {"latest": f"({wording.run.format(t='')}, {ranks}) WHERE {wording.counts.format(t='')}"}
-    for key in KEYS:
-        found[key] = f"(parent, {VALUES[dialect].format(t='', key=key)}, id)"
+    for keys in (*((key,) for key in KEYS), *TOGETHER):
+        values = ", ".join(VALUES[dialect].format(t="", key=key) for key in keys)
+        found["_".join(keys)] = f"(parent, {values}, id)"
     return {f"{PREFIX}{name}_{hashlib.sha256(what.encode()).hexdigest()[:8]}": what for name, what in found.items()}
 
 
