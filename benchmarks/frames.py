@@ -44,7 +44,7 @@ from numpy.typing import ArrayLike, NDArray
 from provenance import provenance
 
 from dsnet_bluesky.data import BadInput, Flag
-from dsnet_bluesky.pipeline import Config, PreparedExposures
+from dsnet_bluesky.pipeline import Config, Exposed, PreparedCurves
 from dsnet_bluesky.sim import PAPER_SLITS, Sample, SaxsCamera, Setting, SilverBehenate, SlitSetting, Sphere
 
 Floats = NDArray[np.floating[Any]]
@@ -219,11 +219,12 @@ def expose(
     camera = SaxsCamera(distance=experiment.distance, seed=round(1e6 * slits.width * slits.height / dose))
     beam = camera.frame(Setting(None, slits.width, slits.height, attenuation=ATTENUATION), slits.time)
     config = Config("lake", bins=experiment.bins, q_min=experiment.q_min, q_max=experiment.q_max, per_bin=per_bin)
-    prepared = PreparedExposures(beam, camera.poni, camera.mask(BEAMSTOP), config, beam_mask=camera.mask())
+    exposed = Exposed(beam, camera.poni, camera.mask(BEAMSTOP), camera.mask())
+    prepared = PreparedCurves(exposed.instrumental(config), config)
     setting = Setting(experiment.sample, slits.width, slits.height, beamstop=BEAMSTOP)
     time = slits.time * dose
     frames = np.stack([camera.frame(setting, time) for _ in range(exposures)])
-    curves = prepared.reduction(frames, time=time, monitor=camera.flux(slits.width, slits.height) / DOSE)
+    curves = prepared.reduce(frames, time=time, monitor=camera.flux(slits.width, slits.height) / DOSE)
     rate = camera.truth(setting, prepared.q)
     return prepared.smearing, curves, rate * DOSE / camera.flux(slits.width, slits.height)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from .data import BadInput
 from .frames import FrameReference
+from .kinds import kind_of
 from .versions import version_order
 
 __all__ = [
@@ -303,8 +304,8 @@ def result_metadata(
     return {
         **copied,
         "sample_name": sample_name(start),
-        "analysis_stage": "desmear",
-        "operation": "desmear",
+        "analysis_stage": kind_of(method).operation,
+        "operation": kind_of(method).operation,
         "original_start_uid": start["uid"],
         "original_start_time": start["time"],
         "original_scan_id": start.get("scan_id"),

@@ -1,8 +1,9 @@
-"""From exposures to a desmeared Dataset: the one function that live, served and replayed work share.
+"""From exposures to a Dataset of results: the one function that live, served and replayed work share.
 
 Nothing here knows a catalog. Preparing (beam, geometry, mask -> operator -> method)
 costs a second or so; applying it to a frame costs milliseconds. Preparations are
-kept, so that a scan pays once.
+kept, so that a scan pays once. Curves are desmeared by `PreparedCurves`; models that read frames
+have classes of their own (`kinds`), and all keep to `PreparedExposures`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from .desmearing import LEARNED, prepare, settled
+from .kinds import FRAME_MODELS, Kind, kind_of
 from .reduction import MINIMUM_BEAM_COUNTS, Reduction, centred, invalid_pixels, psf
+from .smearing import Smearing
 from .versions import Model, load_model
 
-__all__ = ["Config", "PreparedExposures", "prepare_exposures", "without_model"]
+__all__ = ["Config", "Exposed", "Instrumental", "PreparedCurves", "PreparedExposures", "prepare_exposures", "without_model"]
 
 CACHE_SIZE = 8
 """Preparations that are kept: each holds an operator of a few MB."""
@@ -31,7 +34,7 @@ CACHE_SIZE = 8
 
 @dataclass(frozen=True)
 class Config:
-    """How exposures are reduced and desmeared; its digest is part of a result's identity.
+    """What is done with exposures, and how; its digest is part of a result's identity.
 
     Which model answers is settled when it is made, before any work begins: `method` then names the version that
     a name or an alias stands for. That version is no part of the digest: the SHA-256 of its weights
@@ -40,8 +43,8 @@ class Config:
     Attributes
     ----------
     method
-        A name of `dsnet_bluesky.desmearing.METHODS`, with or without a version or an alias: ``"dsnet"``,
-        ``"dsnet:2.0.0"``, ``"dsnet:production"``. Reads ``"dsnet:2.0.0"`` in each of these cases.
+        A name of `dsnet_bluesky.desmearing.METHODS` or of `kinds.FRAME_MODELS`, with or without a version or an alias:
+        ``"dsnet"``, ``"dsnet:2.0.0"``, ``"dsnet:production"``. Reads ``"dsnet:2.0.0"`` in each of these cases.
     options
         Of the method, JSON-serialisable.
     bins
@@ -74,7 +77,7 @@ class Config:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        method, options = settled(self.method, self.options)
+        method, options = settled(self.method, self.options, (*LEARNED, *FRAME_MODELS))
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "options", options)
 
@@ -89,6 +92,11 @@ class Config:
         """The method without a version; which version answered is recorded with every result."""
         return self.method.partition(":")[0]
 
+    @property
+    def kind(self) -> Kind:
+        """The kind of its results."""
+        return kind_of(self.method)
+
     def load_model(self) -> Model | None:
         """Check the model behind the method, None for a classical method.
 
@@ -97,7 +105,8 @@ class Config:
         BadInput
             If it is damaged.
         """
-        return load_model(str(self.options.get("model", self.method))) if self.method_name in LEARNED else None
+        learned = self.method_name in LEARNED or self.method_name in FRAME_MODELS
+        return load_model(str(self.options.get("model", self.method))) if learned else None
 
     @property
     def sha256(self) -> str:
@@ -111,62 +120,21 @@ def without_model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "method": str(config.get("method", "")).partition(":")[0], "options": options}
 
 
-class PreparedExposures:
-    """One direct beam, geometry, mask and configuration, ready for any number of sample frames.
+class PreparedExposures(Protocol):
+    """Ready for any number of exposures of one instrument.
 
-    Attributes
-    ----------
-    q : ndarray
-        In 1/nm, shape (n,).
-    psf : xarray.Dataset
-        The direct beam, see `reduction.psf`.
-    reduction : Reduction
-        With the beam centre where the direct beam is.
-    smearing : Smearing
-        Pixel-coverage operator, with the wavelength spread where there is one.
-    model : versions.Model or None
-        The model behind the method; None for classical ones.
-    model_name, model_version, model_sha256 : str
-        Of this model; empty for classical methods.
+    Exposures are answered independently of each other: together as one by one.
     """
 
-    def __init__(
-        self,
-        beam_frame: ArrayLike,
-        poni: Mapping[str, Any],
-        mask: NDArray | None,
-        config: Config,
-        beam_mask: NDArray | None = None,
-        beam_poni: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.config = config
-        self.psf = psf(
-            beam_frame,
-            poni if beam_poni is None else beam_poni,
-            mask=mask if beam_mask is None else beam_mask,
-            minimum_counts=config.minimum_beam_counts,
-        )
-        self.reduction = Reduction(
-            centred(poni, self.psf),
-            mask=_with_gaps(beam_frame, poni, mask),
-            bins=config.bins,
-            q_min=config.q_min,
-            q_max=config.q_max,
-        )
-        self.q = self.reduction.q
-        self.smearing = self.reduction.smearing(self.psf, per_bin=config.per_bin, spread=config.wavelength_spread)
-        device = {} if config.device == "cpu" else {"device": config.device}
-        self._method = prepare(self.smearing, config.method, **{**config.options, **device})
-        self.model: Model | None = self._method.model
-        model = self.model
-        self.model_name = model.name if model else ""
-        self.model_version = model.version if model else ""
-        self.model_sha256 = model.sha256 if model else ""
+    @property
+    def model(self) -> Model | None:
+        """The model that answers; None for a classical method."""
+        ...
 
-    def __call__(
+    def reduce(
         self, frames: ArrayLike, *, time: ArrayLike = 1.0, monitor: ArrayLike = 1.0, transmission: ArrayLike = 1.0
     ) -> xr.Dataset:
-        """Reduce and desmear sample frames.
+        """Bring frames to what the method works on.
 
         Parameters
         ----------
@@ -175,31 +143,118 @@ class PreparedExposures:
         time, monitor, transmission
             Divisors, scalars or shape (exposure,).
 
-        Returns
-        -------
-        xarray.Dataset
-            Dims (exposure, q), as `desmearing.desmear` returns.
+        Raises
+        ------
+        BadInput
+            If they cannot be used.
+        """
+        ...
+
+    def answer(self, reduced: xr.Dataset) -> xr.Dataset:
+        """Apply the method to what `reduce` gave; dims (exposure, ...), with `status` and `flags` of each exposure.
+
+        Raises
+        ------
+        BadInput
+            If it can be applied to no exposure.
+        """
+        ...
+
+
+class Instrumental(NamedTuple):
+    """What the direct beam says of an instrument.
+
+    Attributes
+    ----------
+    psf
+        The direct beam, see `reduction.psf`.
+    reduction
+        With the beam centre where the direct beam is.
+    smearing
+        Pixel-coverage operator, with the wavelength spread where there is one.
+    """
+
+    psf: xr.Dataset
+    reduction: Reduction
+    smearing: Smearing
+
+
+class Exposed(NamedTuple):
+    """What there is to prepare from; see `prepare_exposures`."""
+
+    beam_frame: NDArray
+    poni: Mapping[str, Any]
+    mask: NDArray | None
+    beam_mask: NDArray | None = None
+    beam_poni: Mapping[str, Any] | None = None
+
+    def instrumental(self, config: Config, sector: tuple[float, float] | None = None) -> Instrumental:
+        """Find the beam, and make the reduction and the operator."""
+        beam = psf(
+            self.beam_frame,
+            self.poni if self.beam_poni is None else self.beam_poni,
+            mask=self.mask if self.beam_mask is None else self.beam_mask,
+            minimum_counts=config.minimum_beam_counts,
+        )
+        mask = _with_gaps(self.beam_frame, self.poni, self.mask)
+        poni = centred(self.poni, beam)
+        reduction = Reduction(poni, mask=mask, bins=config.bins, q_min=config.q_min, q_max=config.q_max, sector=sector)
+        return Instrumental(beam, reduction, reduction.smearing(beam, per_bin=config.per_bin, spread=config.wavelength_spread))
+
+
+class PreparedCurves:
+    """Exposures with one direct beam, geometry, mask and configuration: reduced to curves and desmeared.
+
+    Attributes
+    ----------
+    q : ndarray
+        In 1/nm, shape (n,).
+    psf, reduction, smearing
+        See `Instrumental`.
+    model : versions.Model or None
+        The model behind the method; None for classical ones.
+    """
+
+    def __init__(self, instrumental: Instrumental, config: Config) -> None:
+        self.psf, self.reduction, self.smearing = instrumental
+        self.q = self.reduction.q
+        device = {} if config.device == "cpu" else {"device": config.device}
+        self._method = prepare(self.smearing, config.method, **{**config.options, **device})
+        self.model: Model | None = self._method.model
+
+    def __call__(
+        self, frames: ArrayLike, *, time: ArrayLike = 1.0, monitor: ArrayLike = 1.0, transmission: ArrayLike = 1.0
+    ) -> xr.Dataset:
+        """Reduce and desmear sample frames, see `reduce`; dims (exposure, q), as `desmearing.desmear` returns.
 
         Raises
         ------
         BadInput
             If the frames cannot be reduced or desmeared.
         """
-        return self.desmear(self.reduction(frames, time=time, monitor=monitor, transmission=transmission))
+        return self.answer(self.reduce(frames, time=time, monitor=monitor, transmission=transmission))
 
-    def desmear(self, curves: xr.Dataset) -> xr.Dataset:
-        """Desmear curves of `reduction`.
+    def reduce(
+        self, frames: ArrayLike, *, time: ArrayLike = 1.0, monitor: ArrayLike = 1.0, transmission: ArrayLike = 1.0
+    ) -> xr.Dataset:
+        """Reduce sample frames to curves; see `PreparedExposures.reduce`."""
+        return self.reduction(frames, time=time, monitor=monitor, transmission=transmission)
 
-        Raises
-        ------
-        BadInput
-            If none of them can be desmeared.
-        """
-        return self._method(curves)
+    def answer(self, reduced: xr.Dataset) -> xr.Dataset:
+        """Desmear curves of `reduce`; see `PreparedExposures.answer`."""
+        return self._method(reduced)
+
+
+def _desmearing(exposed: Exposed, config: Config) -> PreparedCurves:
+    return PreparedCurves(exposed.instrumental(config), config)
+
+
+PREPARE: dict[str, Callable[[Exposed, Config], PreparedExposures]] = {}
+"""How models that read frames are prepared; all other methods desmear."""
 
 
 def prepare_exposures(
-    beam_frame: ArrayLike,
+    beam_frame: ArrayLike | None,
     poni: Mapping[str, Any],
     *,
     mask: NDArray | None = None,
@@ -207,12 +262,12 @@ def prepare_exposures(
     beam_poni: Mapping[str, Any] | None = None,
     config: Config | None = None,
 ) -> PreparedExposures:
-    """Prepare desmearing of all samples that were exposed with one direct beam; repeated calls are free.
+    """Prepare for all samples that were exposed with one direct beam; repeated calls are free.
 
     Parameters
     ----------
     beam_frame
-        Counts of the direct beam, shape (y, x) or (frame, y, x), which are summed.
+        Counts of the direct beam, shape (y, x) or (frame, y, x), which are summed; None for a method that needs none.
     poni
         Geometry of the exposures.
     mask
@@ -222,19 +277,20 @@ def prepare_exposures(
     beam_poni
         Geometry of the direct beam's exposure, where the detector stood elsewhere; `poni` if not given.
     config
-        How to reduce and desmear.
+        What to do, and how.
 
     Returns
     -------
     PreparedExposures
+        `PreparedCurves` where the method desmears.
 
     Raises
     ------
     BadInput
-        If beam, geometry or mask cannot be used.
+        If beam, geometry or mask cannot be used, or the method has no such options.
     """
     config = config or Config()
-    frame = np.asarray(beam_frame)
+    frame = np.asarray(() if beam_frame is None else beam_frame)
     key = _digest(frame, (poni, beam_poni), (mask, beam_mask), config)
     with _lock:
         lock = _locks.setdefault(key, threading.Lock())
@@ -243,7 +299,7 @@ def prepare_exposures(
             if key in _cache:
                 _cache.move_to_end(key)
                 return _cache[key]
-        prepared = PreparedExposures(frame, poni, mask, config, beam_mask, beam_poni)
+        prepared = PREPARE.get(config.method_name, _desmearing)(Exposed(frame, poni, mask, beam_mask, beam_poni), config)
         with _lock:
             _cache[key] = prepared
             while len(_cache) > CACHE_SIZE:

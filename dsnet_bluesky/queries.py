@@ -28,6 +28,7 @@ from tiled.client.xarray import DatasetClient
 from tiled.query_registration import default_query_registry
 
 from .data import BadInput
+from .kinds import kind_of
 from .questions import Complete, Question
 from .rows import COLUMNS, FIRST, GRID, ROWS, ROWS_OF, decode_words, parse_columns, unpack
 from .selections import stacked
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CurveClient", "DesmearedClient", "PSFClient", "ResultsClient"]
+__all__ = ["CurveClient", "DenoisedClient", "DesmearedClient", "PSFClient", "ResultClient", "ResultsClient"]
 
 TABLE = (
     "sample_name",
@@ -122,7 +123,7 @@ class PSFClient(CurveClient):
 
 
 class ResultsClient(Container):
-    """Results of desmearing, all or those that were searched for: ``client["desmeared"]``.
+    """Results, all or those that were searched for: ``client["desmeared"]``, ``client["analysed"]``.
 
     Examples
     --------
@@ -259,26 +260,25 @@ class ResultsClient(Container):
         if name is not None and name not in self.context.server_info.queries:
             raise BadInput(
                 f"This server cannot answer {query}: it does not know {name}. Install dsnet-bluesky of this version "
-                "beside it, with adapters_by_mimetype of /desmeared as in tiled_config/embedded.yml, and restart it."
+                "beside it, with adapters_by_mimetype of its mounts as in tiled_config/embedded.yml, and restart it."
             )
 
 
-class DesmearedClient(CurveClient):
-    """A result of desmearing.
+class ResultClient(CurveClient):
+    """A result of any kind (`kinds`).
 
     Examples
     --------
-    >>> result = catalog["desmeared"].values().last()       # doctest: +SKIP
-    >>> result.status, result.read(), result.direct_beam    # doctest: +SKIP
+    >>> result = catalog["analysed"].values().last()        # doctest: +SKIP
+    >>> result.status, result.read(), result.raw            # doctest: +SKIP
     """
 
     def __repr__(self) -> str:
         """Say at a glance whether the result can be used."""
         said = self._said
         why = f", {said['reason']!r}" if said.get("reason") else ""
-        return (
-            f"<DesmearedClient {said.get('sample')!r} by {said['method']}: {said['status']}, {said['exposures']} exposures{why}>"
-        )
+        done = f"{said['status']}, {said['exposures']} exposures"
+        return f"<{type(self).__name__} {said.get('sample')!r} by {said['method']}: {done}{why}>"
 
     @property
     def status(self) -> str:
@@ -292,9 +292,44 @@ class DesmearedClient(CurveClient):
 
     @property
     def direct_beam(self) -> Any:
-        """The direct-beam run, None if there was none."""
+        """The direct-beam run, None if there was none, or none is needed."""
         uid = self._said.get("direct_beam_uid")
         return self._node("raw", uid) if uid else None
+
+    def read(self, variables: Sequence[str] | None = None, *, optimize_wide_table: bool = True) -> xr.Dataset:
+        """Read the exposures that are complete, with two requests, or three while the run goes on; see `CurveClient.read`."""
+        said: dict[str, Any] = dict(self.refresh().metadata) if self.status == "running" else self._said
+        if not said.get(ROWS):
+            return xr.Dataset(attrs=said["attrs"])  # nothing is stored yet, or ever
+        lent = said.get(ROWS_OF)
+        stored = self._node(kind_of(said["method"]).mount, lent, said[ROWS]) if lent else self[said[ROWS]]
+        columns = parse_columns(stored.metadata[COLUMNS])
+        # As many as are announced: a writer may have begun the next row, or put those of other results behind.
+        first = said.get(FIRST, 0)
+        rows = stored.read((slice(first, first + said["exposures"]),))
+        return decode_words(unpack(rows, columns, said["attrs"], variables))
+
+    @property
+    def _title(self) -> str:
+        from .documents import sample_name
+
+        return sample_name(self._said) or self._said["raw_uid"]
+
+    def _read_complete(self) -> xr.Dataset:
+        dataset = self.read()
+        if not dataset.sizes.get("exposure"):
+            raise BadInput(f"This result holds no exposure: {self.reason or f'its status is {self.status}'}.")
+        return dataset
+
+
+class DesmearedClient(ResultClient):
+    """A result of desmearing.
+
+    Examples
+    --------
+    >>> result = catalog["desmeared"].values().last()       # doctest: +SKIP
+    >>> result.status, result.read(), result.direct_beam    # doctest: +SKIP
+    """
 
     @property
     def curves(self) -> Any:
@@ -327,31 +362,9 @@ class DesmearedClient(CurveClient):
         check_target(Path(path), overwrite=overwrite)
         return write([contents_of(self, psfs={})], Path(path), "nxcansas", overwrite=overwrite)
 
-    def read(self, variables: Sequence[str] | None = None, *, optimize_wide_table: bool = True) -> xr.Dataset:
-        """Read the exposures that are complete, with two requests, or three while the run goes on; see `CurveClient.read`."""
-        said: dict[str, Any] = dict(self.refresh().metadata) if self.status == "running" else self._said
-        if not said.get(ROWS):
-            return xr.Dataset(attrs=said["attrs"])  # nothing is stored yet, or ever
-        stored = self._node("desmeared", said[ROWS_OF], said[ROWS]) if said.get(ROWS_OF) else self[said[ROWS]]
-        columns = parse_columns(stored.metadata[COLUMNS])
-        # As many as are announced: a writer may have begun the next row, or put those of other results behind.
-        first = said.get(FIRST, 0)
-        rows = stored.read((slice(first, first + said["exposures"]),))
-        return decode_words(unpack(rows, columns, said["attrs"], variables))
 
-    @property
-    def _title(self) -> str:
-        from .documents import sample_name
-
-        return sample_name(self._said) or self._said["raw_uid"]
-
-    def _read_complete(self) -> xr.Dataset:
-        dataset = self.read()
-        if not dataset.sizes.get("exposure"):
-            from .data import BadInput
-
-            raise BadInput(f"This result holds no exposure: {self.reason or f'its status is {self.status}'}.")
-        return dataset
+class DenoisedClient(DesmearedClient):
+    """A result of denoising: frames, and the desmeared curve of a sector."""
 
 
 def _inside(said: dict[str, Any], column: str) -> Any:

@@ -48,7 +48,7 @@ COLUMNS = "columns"
 """Under which an array's metadata, and the parameters of a result's data source, hold the columns."""
 
 GRID = "grid"
-"""Under which a result's metadata hold the digest of its q."""
+"""Under which a result's metadata hold the digest of its q; empty if it has none."""
 
 EXPOSURE = "exposure"
 
@@ -199,9 +199,11 @@ def decode_words(dataset: xr.Dataset) -> xr.Dataset:
     return dataset
 
 
-def grid_of(q: NDArray) -> str:
-    """Return a digest of q: results of one grid can be put into one array."""
-    return hashlib.sha256(np.ascontiguousarray(q, dtype="<f8").tobytes()).hexdigest()[:16]
+def grid_of(dataset: xr.Dataset) -> str:
+    """Return a digest of q, empty if there is none: results of one grid can be put into one array."""
+    if "q" not in dataset.coords:
+        return ""
+    return hashlib.sha256(np.ascontiguousarray(dataset["q"].values, dtype="<f8").tobytes()).hexdigest()[:16]
 
 
 def _meanings(words: Sequence[str]) -> dict[str, Any]:

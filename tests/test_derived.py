@@ -164,7 +164,7 @@ def test_the_first_exposure_settles_the_variables(client, key):
     writer = ResultWriter.create(client, key, METADATA)
     writer.append(short(1.0).assign(weight=("exposure", [3.0])))
     with pytest.raises(
-        BadInput, match="share their variables; diameter, weight is not in all of them alike: desmear them with one"
+        BadInput, match="share their variables; diameter, weight is not in all of them alike: answer them with one"
     ):
         writer.append(short(1.0).assign(diameter=("exposure", [12.0])))
 

@@ -22,7 +22,7 @@ from dsnet_bluesky.callbacks import pairing
 from dsnet_bluesky.callbacks.desmear import DesmearCallback, desmear_runs
 from dsnet_bluesky.derived import ResultWriter
 from dsnet_bluesky.documents import result_key
-from dsnet_bluesky.pipeline import Config, PreparedExposures
+from dsnet_bluesky.pipeline import Config, PreparedCurves
 from dsnet_bluesky.versions import load_model
 
 CONFIG = Config(bins=60, per_bin=32)
@@ -183,7 +183,7 @@ def test_file_that_vanished(line):
 def test_error_of_ours_becomes_a_failed_row_and_the_worker_goes_on(line, desmear, monkeypatch):
     line.beam()
     with monkeypatch.context() as planted:
-        planted.setattr(PreparedExposures, "desmear", lambda *a, **k: 1 / 0)
+        planted.setattr(PreparedCurves, "answer", lambda *a, **k: 1 / 0)
         failing = line.sample(exposures=2)
         assert desmear.wait(WAIT)
     assert [doc["exit_status"] for name, doc in line.docs if name == "stop"] == ["success", "success"]

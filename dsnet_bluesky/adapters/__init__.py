@@ -10,7 +10,7 @@ import dsnet_bluesky.adapters.numbering  # noqa: F401 - teaches the server about
 from .comparisons import compare
 from .frames import CURVE_MIMETYPE, MASK, PSF_MIMETYPE, CurveAdapter, FabioAdapter, PSFAdapter
 from .latest import latest
-from .results import RESULT_MIMETYPE, RESULT_SPECS, ResultAdapter
+from .results import RESULT_MIMETYPE, ResultAdapter, specs_of
 from .tables import TableAdapter
 from .within import DEPTH, WithinRuns, within
 
@@ -20,7 +20,6 @@ __all__ = [
     "MASK",
     "PSF_MIMETYPE",
     "RESULT_MIMETYPE",
-    "RESULT_SPECS",
     "CurveAdapter",
     "FabioAdapter",
     "PSFAdapter",
@@ -29,5 +28,6 @@ __all__ = [
     "WithinRuns",
     "compare",
     "latest",
+    "specs_of",
     "within",
 ]

@@ -1,4 +1,4 @@
-"""Results of desmearing, stored as rows and served as Datasets.
+"""Results, stored as rows and served as Datasets.
 
 A result has a hidden child, an array of rows (`dsnet_bluesky.rows`): that is what a writer
 appends to, with one request for any number of exposures. Who reads the result sees its variables, as many exposures
@@ -23,16 +23,14 @@ from tiled.adapters.xarray import DatasetAdapter
 from tiled.structures.core import Spec
 
 from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.kinds import Kind
 from dsnet_bluesky.rows import COLUMNS, FIRST, ROWS, Column, parse_columns, unpack, width_of
 
 from .serving import MOST_EXPOSURES, DerivedAdapter, confined, explained
 
-__all__ = ["RESULT_MIMETYPE", "RESULT_SPECS", "ResultAdapter"]
+__all__ = ["RESULT_MIMETYPE", "ResultAdapter", "specs_of"]
 
 RESULT_MIMETYPE = "application/x-dsnet-result"
-
-RESULT_SPECS = [Spec("dsnet_desmeared", version="1"), Spec("xarray_dataset")]
-"""Tiled takes the first spec that a client knows: ours, where this package is installed."""
 
 MOST_BYTES = 2**31
 """Of the rows of a result."""
@@ -44,8 +42,13 @@ AT_ONCE = 256
 """Rows that are read together: what is not there fills no memory."""
 
 
+def specs_of(kind: Kind) -> list[Spec]:
+    """Return the specs of results of a kind: Tiled takes the first that a client knows, ours where this package is installed."""
+    return [Spec(kind.spec, version="1"), Spec("xarray_dataset")]
+
+
 class ResultAdapter(DerivedAdapter):
-    """A result: variables with dims (exposure, q), see `derived.ResultWriter`."""
+    """A result: variables with dims (exposure, ...), see `derived.ResultWriter`."""
 
     @classmethod
     def from_catalog(cls, data_source: Any, node: Any, /, **parameters: Any) -> DatasetAdapter:

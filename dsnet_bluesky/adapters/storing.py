@@ -28,11 +28,13 @@ from tiled.server.authentication import (
 from tiled.server.dependencies import get_entry, get_root_tree
 from tiled.server.schemas import DataSource
 from tiled.structures.container import ContainerStructure
-from tiled.structures.core import StructureFamily
+from tiled.structures.core import Spec, StructureFamily
 from tiled.structures.data_source import Management
 from tiled.type_aliases import AccessTags
 
-from .results import RESULT_MIMETYPE, RESULT_SPECS
+from dsnet_bluesky.kinds import kind_of
+
+from .results import RESULT_MIMETYPE, specs_of
 
 __all__ = ["NewResult", "post_results", "router"]
 
@@ -100,7 +102,7 @@ async def post_results(
 async def _create(parent: CatalogContainerAdapter, result: NewResult, tags: AccessTags) -> bool:
     """Make one node, as Tiled does; False if there is one of its key."""
     try:
-        await parent.create_node(StructureFamily.container, result.metadata, result.key, RESULT_SPECS, [_source(result)], tags)
+        await parent.create_node(StructureFamily.container, result.metadata, result.key, _specs(result), [_source(result)], tags)
     except Collision:
         return False
     return True
@@ -132,7 +134,7 @@ def _node(parent: CatalogContainerAdapter, result: NewResult, tags: list[Any]) -
         parent=parent.node.id,
         metadata_=result.metadata,
         structure_family=StructureFamily.container,
-        specs=[spec.model_dump() for spec in RESULT_SPECS],
+        specs=[spec.model_dump() for spec in _specs(result)],
         access_tags=tags,
         data_sources=[
             orm.DataSource(
@@ -153,7 +155,7 @@ async def _tell(parent: CatalogContainerAdapter, result: NewResult, source: int,
     about = {
         "key": result.key,
         "structure_family": StructureFamily.container,
-        "specs": [spec.model_dump() for spec in RESULT_SPECS],
+        "specs": [spec.model_dump() for spec in _specs(result)],
         "metadata": result.metadata,
     }
     if context.streaming_cache:
@@ -172,6 +174,10 @@ async def _tell(parent: CatalogContainerAdapter, result: NewResult, source: int,
         await context.webhook_dispatcher.dispatch(
             ContainerChildCreatedEvent(timestamp=now, path=path, **about), node_id=parent_id
         )
+
+
+def _specs(result: NewResult) -> list[Spec]:
+    return specs_of(kind_of(str(result.metadata.get("method"))))
 
 
 def _source(result: NewResult) -> DataSource[ContainerStructure]:

@@ -258,6 +258,8 @@ class Planner:
             planned.pairing = str(error)
             planned.problems.append(str(error))
             return
+        if pairing is None:
+            return  # the method needs no direct beam
         planned.direct_beam, planned.pairing = pairing.beam.run_uid, pairing.reason
         if planned.direct_beam in self._earlier:
             yield from self._fetch(planned.direct_beam)

@@ -139,8 +139,10 @@ class DirectBeams:
         if exposure.index >= len(beam.exposures):
             beam.exposures.append(exposure)
 
-    def find(self, sample: Exposure) -> Pairing:
+    def find(self, sample: Exposure) -> Pairing | None:
         """Find the direct beam of a sample exposure: the one its run names, else the nearest earlier one that fits.
+
+        None where the method needs no direct beam.
 
         Raises
         ------
@@ -151,6 +153,8 @@ class DirectBeams:
         """
         if sample.instrument is None:
             raise BadInput(sample.problem or "The run recorded no geometry.")
+        if not self._config.kind.needs_direct_beam:
+            return None
         if uid := self._by_hand:
             beam, how, reason = self._named(uid, sample.instrument), "by hand", "chosen by a user"
         elif uid := sample.start.get("direct_beam_uid"):
@@ -167,8 +171,8 @@ class DirectBeams:
             self._config if self._config.wavelength_spread else replace(self._config, wavelength_spread=sample.wavelength_spread)
         )
 
-    def prepared(self, beam: DirectBeam, sample: Instrument) -> PreparedExposures:
-        """Return the operator of a direct beam for samples exposed with an instrument; made once.
+    def prepared(self, pairing: Pairing | None, sample: Instrument) -> PreparedExposures:
+        """Return what is prepared for samples exposed with an instrument, and with a direct beam if one is needed; made once.
 
         Raises
         ------
@@ -177,17 +181,11 @@ class DirectBeams:
         """
         config = self.config_for(sample)
         poni = json.dumps(sample.poni, sort_keys=True, default=str)
-        key = (beam.run_uid, len(beam.exposures), poni, sample.mask, config.wavelength_spread)
+        beam = (pairing.beam.run_uid, len(pairing.beam.exposures)) if pairing else None
+        key = (beam, poni, sample.mask, config.wavelength_spread)
         if key not in self._prepared:
-            frame = beam.frame()
-            self._prepared[key] = prepare_exposures(
-                frame,
-                sample.poni,
-                mask=_mask(sample),
-                beam_mask=_mask(beam.instrument, np.zeros(frame.shape[-2:], dtype=bool)),
-                beam_poni=beam.instrument.poni,
-                config=config,
-            )
+            given = _given(pairing.beam) if pairing else {"beam_frame": None}
+            self._prepared[key] = prepare_exposures(poni=sample.poni, mask=_mask(sample), config=config, **given)
             while len(self._prepared) > PREPARED:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(key)
@@ -275,6 +273,13 @@ class DirectBeams:
         for exposure in exposures:
             self.add(exposure)
         return self._seen.get(uid) or DirectBeam(uid, run.metadata["start"]["time"])
+
+
+def _given(beam: DirectBeam) -> dict[str, Any]:
+    """What `prepare_exposures` takes of a direct beam."""
+    frame = beam.frame()
+    mask = _mask(beam.instrument, np.zeros(frame.shape[-2:], dtype=bool))
+    return {"beam_frame": frame, "beam_mask": mask, "beam_poni": beam.instrument.poni}
 
 
 def _mask(instrument: Instrument, default: NDArray | None = None) -> NDArray | None:

@@ -290,7 +290,7 @@ class SampleRuns:
                 raise BadInput(first.problem or "The exposure has no geometry.")
             run.instrument = first.instrument
             run.pairing = self.beams.find(first)
-            run.prepared = self.beams.prepared(run.pairing.beam, first.instrument)
+            run.prepared = self.beams.prepared(run.pairing, first.instrument)
         except CATALOG_AWAY:
             raise
         except Exception as error:
@@ -332,7 +332,8 @@ class SampleRuns:
         deferred
             Why the run is done later than it could have been.
         """
-        beam_uid = pairing.beam.run_uid if pairing else start.get("direct_beam_uid")
+        named = start.get("direct_beam_uid") if self._config.kind.needs_direct_beam else None
+        beam_uid = pairing.beam.run_uid if pairing else named
         config = self.beams.config_for(instrument) if instrument else self._config
         model = prepared.model if prepared else self._model
         model_sha256 = model.sha256 if model else ""
@@ -380,7 +381,7 @@ class SampleRuns:
         assert run.writer is not None
         try:
             with self.statistics.timed("desmearing"):
-                result = run.prepared.desmear(concat_exposures(list(curves)))
+                result = run.prepared.answer(concat_exposures(list(curves)))
         except Exception as error:
             if len(curves) == 1:
                 self._store_failure(run, error)
@@ -434,6 +435,6 @@ def reduced(exposure: Exposure, instrument: Instrument, prepared: PreparedExposu
     if changed:
         raise BadInput(f"The instrument was changed within the run ({changed}); expose it in a run of its own.")
     number = (exposure.frames.stop or 1) - exposure.frames.start
-    return prepared.reduction(
+    return prepared.reduce(
         summed(exposure), time=state.exposure_time * number, monitor=state.monitor, transmission=state.transmission
     )

@@ -102,7 +102,7 @@ def _desmear_runs(client: Any, uids: list[str], config: Config, *, direct_beam: 
     desmear_runs(client, uids, config=config, direct_beam=direct_beam)
     failed = False
     for uid in uids:
-        found = client["desmeared"].search(Key("raw_uid") == uid).search(Key("method") == config.method_name)
+        found = client[config.kind.mount].search(Key("raw_uid") == uid).search(Key("method") == config.method_name)
         if model is not None:
             found = found.search(Key("model_sha256") == model.sha256)
         if direct_beam is not None:
@@ -112,6 +112,7 @@ def _desmear_runs(client: Any, uids: list[str], config: Config, *, direct_beam: 
             failed |= metadata["status"] != "complete" or bool(metadata["failures"])
             reasons = [metadata["reason"], *(f"exposure {f}" for f in metadata["failures"])]
             why = "; ".join(str(reason) for reason in reasons if reason)
-            say(f"{uid[:8]} {metadata['status']}: /desmeared/{result.item['id']}{f' ({why})' if why else ''}", stderr=True)
+            place = f"/{config.kind.mount}/{result.item['id']}"
+            say(f"{uid[:8]} {metadata['status']}: {place}{f' ({why})' if why else ''}", stderr=True)
     if failed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Writing results under ``/desmeared``: each once, exposure by exposure, complete last."""
+"""Writing results: each once, exposure by exposure, complete last."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ from tiled.structures.array import ArrayStructure
 from tiled.structures.core import StructureFamily
 from tiled.structures.data_source import DataSource, Management
 
-from dsnet_bluesky.adapters import RESULT_MIMETYPE, RESULT_SPECS
+from dsnet_bluesky.adapters import RESULT_MIMETYPE, specs_of
 from dsnet_bluesky.data import BadInput, concat_exposures, exposures_of, failed_exposure
 from dsnet_bluesky.derived.catalog import CONFLICT, NOT_FOUND, access_tags_of, lookup, mount
+from dsnet_bluesky.kinds import Kind, kind_of
 from dsnet_bluesky.rows import COLUMNS, GRID, ROWS, Column, columns_of, grid_of, pack
 
 __all__ = [
@@ -35,7 +36,8 @@ __all__ = [
     "ResultWriter",
     "begun",
     "is_abandoned",
-    "quality",
+    "summary",
+    "summed",
     "with_attrs",
 ]
 
@@ -47,6 +49,9 @@ By this machine's monotonic clock: that of another machine may be wrong, and any
 
 CLAIM_INTERVAL = LEASE / 4
 """Seconds after which a writer touches its result, though it has nothing to add."""
+
+SUMMARIES: dict[str, Callable[[Sequence[float]], Any]] = {"median": np.median, "largest": max, "least": min}
+"""How a summary of exposures is made, see `kinds.Kind.summary`."""
 
 UNSUPPORTED = 415
 """Status of the answer when the server has no adapter for a MIME type."""
@@ -77,9 +82,9 @@ class LostClaim(Exception):
 
 
 class ResultWriter:
-    """One result under ``/desmeared``, filled exposure by exposure; make it with `create`.
+    """One result under the mount of its kind (`kinds`), filled exposure by exposure; make it with `create`.
 
-    A result reads as a Dataset with dims (exposure, q), also with a plain Tiled client (there words, `status` and
+    A result reads as a Dataset with dims (exposure, ...), also with a plain Tiled client (there words, `status` and
     `answer`, are numbers, explained by the variable's attributes). Which variables it has, the first exposure settles.
     Its exposures are rows of one array (`dsnet_bluesky.rows`), so that any number of them is stored with one request, and
     the server makes variables of them (`adapters.ResultAdapter`). Its metadata say `status` (running, complete or
@@ -100,7 +105,8 @@ class ResultWriter:
         self._first: xr.Dataset | None = None
         self._attrs: dict[str, Any] = dict(node.metadata["attrs"])
         self._failures: list[dict[str, Any]] = []
-        self._chi2: list[float] = []
+        self._kind = kind_of(node.metadata["method"])
+        self._summed: dict[str, list[float]] = {}
         self._pending: list[str] = []
 
     @classmethod
@@ -139,9 +145,10 @@ class ResultWriter:
         NoRawRun
             If the raw run is not in the catalog. Without its tags, anybody could read the result.
         BadInput
-            If the server has no /desmeared, or no adapter for it.
+            If the server has no mount for it, or no adapter.
         """
-        parent = mount(client, "desmeared")
+        kind = kind_of(metadata["method"])
+        parent = mount(client, kind.mount)
         tags = _tags_of_raw(client, metadata["raw_uid"], patience)
         # Before the node is there: another thread may look at it before this one hears that it was made.
         claim = _Claim()
@@ -149,12 +156,12 @@ class ResultWriter:
         for last in (False, True):
             try:
                 node = parent.new(
-                    StructureFamily.container, [_source()], key=key, metadata=full, specs=RESULT_SPECS, access_tags=tags
+                    StructureFamily.container, [_source()], key=key, metadata=full, specs=specs_of(kind), access_tags=tags
                 )
             except ClientError as error:
                 if error.response.status_code == UNSUPPORTED:
                     raise BadInput(
-                        "The server cannot show results: add adapters_by_mimetype of /desmeared, as in "
+                        f"The server cannot show results: add adapters_by_mimetype of /{kind.mount}, as in "
                         "tiled_config/embedded.yml, to its configuration."
                     ) from error
                 if error.response.status_code != CONFLICT:
@@ -217,7 +224,7 @@ class ResultWriter:
         if self._first is None:
             self.fail(self._pending[0] if self._pending else "The run holds no exposure.")
         else:
-            self._close("complete", None, **quality(self._chi2))
+            self._close("complete", None, **summary(self._kind, self._summed))
 
     def fail(self, reason: str, kind: str = "input", traceback: str | None = None) -> None:
         """Declare that the result failed as a whole.
@@ -268,9 +275,10 @@ class ResultWriter:
         # Nobody sees the exposures until they are announced: up to here, all of it may be done again.
         failures = [{"exposure": self.exposures + i, "reason": reason} for i, reason in reasons.items()]
         announced = {"exposures": self.exposures + rows.sizes["exposure"], "failures": self._failures + failures}
-        self._update(**announced, **{ROWS: self._rows.item["id"], GRID: grid_of(rows["q"].values)})
+        self._update(**announced, **{ROWS: self._rows.item["id"], GRID: grid_of(rows)})
         self.exposures += rows.sizes["exposure"]
-        self._chi2 += [float(value) for value in rows["chi2"].values[(rows["status"] == "ok").values]]
+        for name, values in summed(self._kind, rows).items():
+            self._summed.setdefault(name, []).extend(values)
         self._failures += failures
         self._first = rows.isel(exposure=[0]) if self._first is None else self._first
 
@@ -345,9 +353,15 @@ def with_attrs(said: Mapping[str, Any], dataset: xr.Dataset) -> dict[str, Any]:
     return {**{name: value for name, value in dataset.attrs.items() if name != "failures"}, **said}
 
 
-def quality(chi2: Sequence[float]) -> dict[str, float]:
-    """Return what a complete result says of the chi2 of its good exposures."""
-    return {"chi2_median": float(np.median(chi2)), "chi2_largest": float(max(chi2))}
+def summed(kind: Kind, rows: xr.Dataset) -> dict[str, list[float]]:
+    """Return the values of the good exposures that a summary is made of, by variable."""
+    good = (rows["status"] == "ok").values
+    return {name: rows[name].values[good].astype(float).tolist() for name, _ in kind.summary.values()}
+
+
+def summary(kind: Kind, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return what a complete result says of its good exposures: `kinds.Kind.summary` of what `summed` gave."""
+    return {key: float(SUMMARIES[how](values[name])) for key, (name, how) in kind.summary.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,15 +388,15 @@ _open_claims: weakref.WeakValueDictionary[str, _Claim] = weakref.WeakValueDictio
 
 
 def _check_alike(rows: xr.Dataset, first: xr.Dataset) -> None:
-    """Refuse exposures that are not of one q and one method with the first."""
-    q, before = rows["q"].values, first["q"].values
-    if not np.array_equal(q, before):
-        raise BadInput(f"The exposures of a result share one q; these have {q.size} points, those before {before.size}.")
+    """Refuse exposures that are not of one q, if they have any, and one method with the first."""
+    if grid_of(rows) != grid_of(first):
+        sizes = [dataset.sizes.get("q", 0) for dataset in (rows, first)]
+        raise BadInput(f"The exposures of a result share one q; these have {sizes[0]} points, those before {sizes[1]}.")
     mine, theirs = ({(c.name, c.dims, c.shape, c.dtype) for c in columns_of(dataset)} for dataset in (rows, first))
     if odd := sorted({name for name, *_ in mine ^ theirs}):
         raise BadInput(
             f"The exposures of a result share their variables; {', '.join(odd)} is not in all of them alike: "
-            "desmear them with one method."
+            "answer them with one method."
         )
 
 

@@ -25,9 +25,11 @@ from dsnet_bluesky.derived.results import (
     Lent,
     ResultWriter,
     begun,
-    quality,
+    summary,
+    summed,
     with_attrs,
 )
+from dsnet_bluesky.kinds import kind_of
 from dsnet_bluesky.rows import COLUMNS, FIRST, GRID, ROWS, ROWS_OF, columns_of, grid_of
 
 __all__ = ["Finished", "store_together"]
@@ -44,7 +46,7 @@ class Finished:
     metadata
         Of `documents.result_metadata`.
     dataset
-        Of `desmearing.desmear`, dims (exposure, q).
+        Of a method, dims (exposure, ...).
     access_tags
         Of its raw run, see `derived.access_tags_of`.
     """
@@ -79,7 +81,7 @@ def store_together(client: Any, results: Iterable[Finished]) -> list[str]:
 def _alike(result: Finished) -> str:
     """Return a digest of what results must share to be stored together."""
     columns = [column.to_dict() for column in columns_of(result.dataset)]
-    text = json.dumps([columns, grid_of(result.dataset["q"].values), sorted(result.access_tags or [])], sort_keys=True)
+    text = json.dumps([columns, grid_of(result.dataset), sorted(result.access_tags or [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -97,7 +99,7 @@ def _store(client: Any, group: Sequence[Finished]) -> list[str]:
         lent = writer.lend(concat_exposures([result.dataset for result in waiting])) if waiting else None
         writer.complete()
         if lent is not None:
-            there += _store_others(mount(client, "desmeared"), waiting, lent)
+            there += _store_others(mount(client, kind_of(first.metadata["method"]).mount), waiting, lent)
         break
     return there
 
@@ -140,7 +142,7 @@ def _store_others(parent: Any, results: Sequence[Finished], lent: Lent) -> list[
 
 
 def _complete(result: Finished, lent: Lent, first: int) -> dict[str, Any]:
-    said = begun(result.metadata, None)
+    said, kind = begun(result.metadata, None), kind_of(result.metadata["method"])
     return {
         **said,
         "status": "complete",
@@ -148,7 +150,7 @@ def _complete(result: Finished, lent: Lent, first: int) -> dict[str, Any]:
         ROWS: lent.rows,
         ROWS_OF: lent.of,
         FIRST: first,
-        GRID: grid_of(result.dataset["q"].values),
-        **quality(result.dataset["chi2"].values.tolist()),
+        GRID: grid_of(result.dataset),
+        **summary(kind, summed(kind, result.dataset)),
         "attrs": with_attrs({**said["attrs"], "status": "complete"}, result.dataset),
     }

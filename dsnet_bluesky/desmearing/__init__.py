@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -36,7 +36,7 @@ from dsnet_bluesky.versions import resolve
 
 from .kernels import widths_below
 
-__all__ = ["LEARNED", "METHODS", "Method", "Prepared", "Solution", "desmear", "prepare", "settled"]
+__all__ = ["LEARNED", "METHODS", "Method", "Prepared", "Solution", "check_options", "desmear", "prepare", "settled"]
 
 METHODS: dict[str, str] = {
     "lake": "dsnet_bluesky.desmearing.lake:Lake",
@@ -167,18 +167,20 @@ def prepare(smearing: Smearing, method: str = "dsnet", **options: Any) -> Prepar
     method, options = settled(method, options)
     _check_range(smearing)
     solver = pkgutil.resolve_name(METHODS[name])
-    _check_options(name, solver, options)
+    check_options(name, solver, options, given=("smearing",))
     model = {"model": method} if name in LEARNED and "model" not in options else {}
     return Prepared(smearing, name, options, solver(smearing, **options, **model))
 
 
-def settled(method: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def settled(method: str, options: Mapping[str, Any], learned: Sequence[str] = LEARNED) -> tuple[str, dict[str, Any]]:
     """Say which version of which model answers, before work begins: names and aliases become versions.
 
     Parameters
     ----------
     method, options
         As of `desmear`; an unknown method is left as it is.
+    learned
+        Methods that models of the registry answer for.
 
     Returns
     -------
@@ -192,7 +194,7 @@ def settled(method: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any
     """
     name, colon, _ = method.partition(":")
     options = dict(options)
-    if name not in LEARNED:
+    if name not in learned:
         if name in METHODS and colon:
             raise BadInput(f"{name} has no released models, so there is no {method!r}; leave out the version.")
         return method, options
@@ -347,8 +349,26 @@ KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
 """For each type that an option may have: what serves as it, and its name in messages."""
 
 
-def _check_options(method: str, solver: type, options: dict[str, Any]) -> None:
-    valid = [name for name in inspect.signature(solver).parameters if name != "smearing"]
+def check_options(method: str, solver: type, options: Mapping[str, Any], *, given: Sequence[str]) -> None:
+    """Refuse options that a method does not have, or values that they do not take.
+
+    Parameters
+    ----------
+    method
+        For the message.
+    solver
+        The class whose parameters are the options.
+    options
+        What a user gave.
+    given
+        Parameters that are no options.
+
+    Raises
+    ------
+    BadInput
+        If there is one.
+    """
+    valid = [name for name in inspect.signature(solver).parameters if name not in given]
     unknown = sorted(set(options) - set(valid))
     if unknown:
         raise BadInput(f"{method} has no option {', '.join(unknown)}; its options are {', '.join(valid) or 'none'}.")

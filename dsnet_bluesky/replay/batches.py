@@ -39,7 +39,7 @@ REPLAYED = "Replayed from the catalog."
 """What a result says of why it came later than its run."""
 
 SAME = 1e-3
-"""Largest difference of I, in stated errors, that counts as floating-point noise."""
+"""Largest difference, in stated errors, that counts as floating-point noise."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Done:
     """Results that were computed again and are equal to what is stored."""
 
     different: dict[str, float] = field(default_factory=dict)
-    """Those that are not: the key, and the largest difference of I in stated errors."""
+    """Those that are not: the key, and the largest difference in stated errors (`kinds.Kind.compared`)."""
 
     seconds: Counter[str] = field(default_factory=Counter)
     """Where the time went."""
@@ -111,7 +111,7 @@ class _Reduced:
 
     start: Any
     instrument: Instrument
-    pairing: Pairing
+    pairing: Pairing | None
     prepared: PreparedExposures
     curves: xr.Dataset
     access_tags: list[str] | None
@@ -133,7 +133,7 @@ class Batches:
     """
 
     def __init__(self, client: Any, config: Config, *, retry_failed: bool = False) -> None:
-        self._client, self._raw = client, mount(client, "raw")
+        self._client, self._raw, self._kind = client, mount(client, "raw"), config.kind
         beams = DirectBeams(self._raw, config, max_age=MAX_BEAM_AGE)
         self._runs = SampleRuns(client, config, beams, replace_failed=retry_failed)
         self._lock = threading.Lock()
@@ -166,7 +166,7 @@ class Batches:
     def check(self, uids: Sequence[str]) -> Done:
         """Desmear runs that were done before, and compare with what is stored; nothing is written."""
         done = Done(runs=len(uids))
-        results = mount(self._client, "desmeared")
+        results = mount(self._client, self._kind.mount)
         nodes, frames = self._read(uids, done)
         with self._lock:
             finished = self._finished(nodes, frames)
@@ -175,7 +175,7 @@ class Batches:
             stored = lookup(results, result.key)
             if stored is None or stored.metadata["status"] != "complete":
                 continue
-            difference = _difference(stored.read(), result.dataset)
+            difference = _difference(stored.read(), result.dataset, *self._kind.compared)
             if difference <= SAME:
                 done.same += 1
             else:
@@ -210,7 +210,7 @@ class Batches:
                 if instrument is None or len(exposures) > BATCH:
                     return None
                 pairing = self._runs.beams.find(exposures[0])
-                prepared = self._runs.beams.prepared(pairing.beam, instrument)
+                prepared = self._runs.beams.prepared(pairing, instrument)
             with timed("reducing"):
                 curves = concat_exposures([reduced(exposure, instrument, prepared) for exposure in exposures])
         except CATALOG_AWAY:
@@ -224,7 +224,7 @@ class Batches:
         """Desmear runs of one operator together; leave out those with an exposure that failed."""
         try:
             with self._runs.statistics.timed("desmearing"):
-                result = group[0].prepared.desmear(concat_exposures([run.curves for run in group]))
+                result = group[0].prepared.answer(concat_exposures([run.curves for run in group]))
         except BadInput as error:
             logger.debug("A batch is done run by run: %s", error)
             return
@@ -272,11 +272,11 @@ def _exposures(node: Any, frames: RawFrames | BadInput) -> list[Exposure]:
     return found or exposures_of_documents(node.documents())
 
 
-def _difference(stored: xr.Dataset, again: xr.Dataset) -> float:
-    """Return the largest difference of I in stated errors; infinite where the two are not alike."""
-    if stored["I"].shape != again["I"].shape:
+def _difference(stored: xr.Dataset, again: xr.Dataset, value: str, error: str) -> float:
+    """Return the largest difference of a variable in stated errors; infinite where the two are not alike."""
+    if stored[value].shape != again[value].shape:
         return np.inf
-    away = np.abs(stored["I"].values - again["I"].values) / again["Idev"].values
+    away = np.abs(stored[value].values - again[value].values) / again[error].values
     return float(np.nanmax(away)) if np.isfinite(away).any() else np.inf
 
 

@@ -65,7 +65,7 @@ class Backlog:
     """
 
     def __init__(self, client: Any, config: Config, *, since: float = 0.0, max_age: float = math.inf):
-        self._raw, self._results = mount(client, "raw"), mount(client, "desmeared")
+        self._raw, self._results = mount(client, "raw"), mount(client, config.kind.mount)
         self._config, self._wanted, self._max_age = config, since, max_age
         self._since, self._offset = since, math.inf
         model = config.load_model()

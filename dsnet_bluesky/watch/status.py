@@ -154,12 +154,13 @@ def read_status(client: Any, *, config: Config | None = None, since: float | Non
         Addresses of their `/healthz`, without it, such as ``http://127.0.0.1:9108``.
     """
     now = time.time()
-    results = mount(client, "desmeared")
+    config = config or Config()
+    results = mount(client, config.kind.mount)
     done = results.search(Key("status") == "complete")
     failed = results.search(Key("status") == "failed").search(Key("updated") >= now - DAY)
     reasons = Counter(str(node.metadata.get("reason")) for node in failed.values().head(FAILURES))
     last = results.sort(("updated", -1)).items().head(LAST)
-    backlog = Backlog(client, config or Config(), since=now - 7 * DAY if since is None else since)
+    backlog = Backlog(client, config, since=now - 7 * DAY if since is None else since)
     return Status(
         waiting=sum(task.why != "waits for a direct beam" for task in backlog.scan(whole=True)),
         running=len(results.search(Key("status") == "running")),
