@@ -158,6 +158,7 @@ def test_results_reduced_in_another_way_are_refused_and_counted(client, runs):
     ("a", "b", "why"),
     [
         ("dsnt", "ift", "There is no method 'dsnt'; the methods are .*dsnet"),
+        ("icosahedra", "ift", "reads frames"),
         ("dsnet:2.0.0", "ift:1.0", "ift has no released models"),
         ("dsnet:next", "ift", "dsnet:next is neither a version nor an alias"),
         ("dsnet:2.0.0", "dsnet", "one and the same"),

@@ -154,7 +154,7 @@ def _words(found: Summary, *, dry_run: bool) -> str:
     ]
     if found.same or found.different:
         lines = [f"{found.model}: {found.same} results computed again are equal, {len(found.different)} differ"]
-    lines += [f"differs by {difference:.3g} of its error: /desmeared/{key}" for key, difference in found.different.items()]
+    lines += [f"differs by {difference:.3g} of its error: {key}" for key, difference in found.different.items()]
     lines += [f"{count} failed: {reason}" for reason, count in found.failed.most_common()]
     if found.wall and found.to_do > found.unfinished:
         lines.append(f"{found.wall:.1f} s, {(found.to_do - found.unfinished) / found.wall:.1f} runs a second")

@@ -11,6 +11,7 @@ from tiled.queries import Key
 
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.desmearing import METHODS
+from dsnet_bluesky.kinds import FRAME_MODELS
 from dsnet_bluesky.questions import Model
 from dsnet_bluesky.versions import load_model, released_models, version_order
 
@@ -72,6 +73,11 @@ def parse_reference(text: str) -> Reference:
         If there is no such method or model.
     """
     name, _, version = text.partition(":")
+    if name in FRAME_MODELS:
+        raise BadInput(
+            f"{name} reads frames, and what is compared here are desmeared curves. Put two versions side by side with "
+            f"""client["{FRAME_MODELS[name].mount}"].search(Model("{name}")).to_table()."""
+        )
     if name not in METHODS:
         known = ", ".join(sorted(METHODS))
         raise BadInput(f"There is no method {name!r}; the methods are {known}; a version may follow: dsnet:2.0.0.")
