@@ -8,6 +8,8 @@ belongs to `I`, `Qdev` to `q` (one standard deviation of the resolution).
 from __future__ import annotations
 
 import enum
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ __all__ = [
     "estimate_idev",
     "exposures_of",
     "failed_exposure",
+    "join_answers",
 ]
 
 LONG_NAMES = {
@@ -45,10 +48,16 @@ LONG_NAMES = {
     "counts_per_pixel": "mean counts of the pixels that count",
     "denoised": "expected counts",
     "diameter": "largest dimension of the scatterer in nm",
+    "image": "counts at normal incidence, on equal steps of the transverse q",
     "iterations": "steps of the iteration",
     "loss_first": "loss of the re-smeared curve before fine-tuning",
     "loss_last": "loss of the re-smeared curve after fine-tuning",
+    "misorientation_dev": "68 % of true orientations are within this angle, modulo the icosahedral group",
     "parameters": "effective number of parameters",
+    "quaternion": "orientation (w, x, y, z), in the fundamental domain of the icosahedral group",
+    "radius": "radius of the icosahedron, from its centre to a vertex",
+    "radius_dev": "standard deviation of the radius",
+    "score": "correlation of the logarithms of the image and of the one simulated from the answer",
     "trend": "width of the trend's window, in widths of the operator",
     "weight": "weight of the prior",
 }
@@ -276,3 +285,36 @@ def failed_exposure(result: xr.Dataset) -> xr.Dataset:
 def concat_exposures(datasets: list[xr.Dataset]) -> xr.Dataset:
     """Join Datasets of the same q along `exposure`."""
     return xr.concat(datasets, dim="exposure", combine_attrs="override", data_vars="all", coords="minimal")
+
+
+def join_answers(answers: Sequence[xr.Dataset | BadInput]) -> xr.Dataset:
+    """Put answers in order, rows of `failed_exposure` standing for exposures without one.
+
+    Parameters
+    ----------
+    answers
+        Of one exposure or several each, or why one exposure has none.
+
+    Returns
+    -------
+    xarray.Dataset
+        The attribute ``failures``, where there are some, says why, as JSON: a list of ``{"exposure": ..., "reason": ...}``.
+
+    Raises
+    ------
+    BadInput
+        The first reason, if there is no answer.
+    """
+    found = [answer for answer in answers if isinstance(answer, xr.Dataset)]
+    if not found:
+        assert isinstance(answers[0], BadInput)
+        raise answers[0]
+    if len(found) == len(answers) == 1:
+        return found[0]
+    rows: list[xr.Dataset] = []
+    failures = []
+    for answer in answers:
+        if isinstance(answer, BadInput):
+            failures.append({"exposure": sum(row.sizes["exposure"] for row in rows), "reason": str(answer)})
+        rows.append(failed_exposure(found[0]) if isinstance(answer, BadInput) else answer)
+    return concat_exposures(rows).assign_attrs({"failures": json.dumps(failures)} if failures else {})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dsnet_bluesky.data import BadInput
 
-__all__ = ["DSNet", "NetworkConfig", "check_device", "has_bfloat16"]
+__all__ = ["DSNet", "Network", "NetworkConfig", "check_device", "has_bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,16 @@ def has_bfloat16(device: str) -> bool:
     return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
-class DSNet(nn.Module):
+class Network(nn.Module):
+    """A network that knows its size."""
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class DSNet(Network):
     """The paper's network.
 
     Parameters
@@ -100,11 +109,6 @@ class DSNet(nn.Module):
         """
         curves = log_intensity.reshape(-1, 1, log_intensity.shape[-1])
         return self.head(self.unets(self.stem(curves))).reshape(log_intensity.shape)
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of trainable numbers."""
-        return sum(p.numel() for p in self.parameters())
 
 
 class UNet(nn.Module):

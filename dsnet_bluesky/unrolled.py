@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .features import CHANNELS, CLIP, Features, Operator, residual, step
+from .network import Network
 
 __all__ = ["Answer", "Unrolled", "UnrolledConfig"]
 
@@ -74,7 +75,7 @@ class Answer(NamedTuple):
     """ln of the resolution that is left, in widths of R and a step, shape (exposure, m)."""
 
 
-class Unrolled(nn.Module):
+class Unrolled(Network):
     """The network.
 
     Parameters
@@ -117,11 +118,6 @@ class Unrolled(nn.Module):
     def seen_by_split(self, operator: Operator, features: Features) -> Tensor:
         """Give the input of the head for parts, shape (exposure, channel, m)."""
         return self._answer(operator, features)[4]
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of trained numbers."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
 
 def blend(proposed: Tensor, indirect: Tensor, gate: Tensor) -> Tensor:

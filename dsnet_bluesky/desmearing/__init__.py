@@ -26,10 +26,9 @@ from dsnet_bluesky.data import (
     Flag,
     check_curve,
     check_intensities,
-    concat_exposures,
     describe,
     exposures_of,
-    failed_exposure,
+    join_answers,
 )
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.versions import resolve
@@ -238,7 +237,7 @@ class Prepared:
         """Desmear curves, see `desmear`."""
         check_curve(curves)
         self._check_grid(curves["q"].values)
-        result = _joined(self._answers(exposures_of(curves)))
+        result = join_answers(self._answers(exposures_of(curves)))
         return result if "exposure" in curves.dims else result.isel(exposure=0, drop=True)
 
     def _answers(self, batch: xr.Dataset) -> list[xr.Dataset | BadInput]:
@@ -320,23 +319,6 @@ class Prepared:
                 else {"model": f"{self.model.name}:{self.model.version}", "model_sha256": self.model.sha256}
             ),
         }
-
-
-def _joined(answers: list[xr.Dataset | BadInput]) -> xr.Dataset:
-    """Put answers in order, rows of NaN standing for exposures without one; raise the first reason if there is no answer."""
-    found = [answer for answer in answers if isinstance(answer, xr.Dataset)]
-    if not found:
-        assert isinstance(answers[0], BadInput)
-        raise answers[0]
-    if len(found) == len(answers) == 1:
-        return found[0]
-    rows: list[xr.Dataset] = []
-    failures = []
-    for answer in answers:
-        if isinstance(answer, BadInput):
-            failures.append({"exposure": sum(row.sizes["exposure"] for row in rows), "reason": str(answer)})
-        rows.append(failed_exposure(found[0]) if isinstance(answer, BadInput) else answer)
-    return concat_exposures(rows).assign_attrs({"failures": json.dumps(failures)} if failures else {})
 
 
 KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {

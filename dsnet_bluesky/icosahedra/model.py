@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dsnet_bluesky.data import BadInput, Flag
+from dsnet_bluesky.data import BadInput, Flag, describe
 from dsnet_bluesky.network import check_device
 from dsnet_bluesky.versions import Model
 
@@ -22,18 +22,6 @@ from .network import RADIUS, Answer, NetworkConfig, ResNet
 from .rotations import misorientation
 
 __all__ = ["Calibration", "Icosahedra", "simulator_from"]
-
-COMPONENTS = ("w", "x", "y", "z")
-
-LONG_NAMES = {
-    "radius": ("radius of the icosahedron, from its centre to a vertex", "nm"),
-    "radius_dev": ("standard deviation of the radius", "nm"),
-    "quaternion": ("orientation, in the fundamental domain of the icosahedral group", ""),
-    "misorientation_dev": ("68 % of true orientations are within this angle, modulo the icosahedral group", "degree"),
-    "score": ("correlation of the logarithms of the image and of the one simulated from the answer", ""),
-    "flags": ("sum of dsnet_bluesky.data.Flag values", ""),
-}
-"""Meaning and unit of each variable."""
 
 
 class Calibration(NamedTuple):
@@ -156,8 +144,8 @@ class Icosahedra:
         -------
         xarray.Dataset
             With the dimension exposure: `radius`, `radius_dev` (nm), `quaternion` (also component: w, x, y, z),
-            `misorientation_dev` (degrees), `score` and `flags`: OUT_OF_RANGE where the radius is outside of what the model was
-            trained for, POOR_FIT where the image is unlike the one simulated from the answer: perhaps no icosahedron.
+            `misorientation_dev` (degrees), `score`, `status` (ok) and `flags`: OUT_OF_RANGE where the radius is outside of what
+            the model was trained for, POOR_FIT where the image is unlike the one simulated from the answer: perhaps no icosahedron.
 
         Raises
         ------
@@ -189,10 +177,13 @@ class Icosahedra:
         lowest, highest = self.model.card["ranges"].get("radius", RADIUS)
         flags = np.where((radius < lowest) | (radius > highest), int(Flag.OUT_OF_RANGE), 0)
         flags |= np.where(scores < self.calibration.least_score, int(Flag.POOR_FIT), 0)
-        values = (radius, radius_dev, quaternion, misorientation_dev, scores, flags.astype(np.int64))
-        dims = {"quaternion": ("exposure", "component")}
         variables = {
-            name: (dims.get(name, ("exposure",)), array, {"long_name": meaning, **({"units": unit} if unit else {})})
-            for (name, (meaning, unit)), array in zip(LONG_NAMES.items(), values, strict=True)
+            "radius": ("exposure", radius, {"units": "nm"}),
+            "radius_dev": ("exposure", radius_dev, {"units": "nm"}),
+            "quaternion": (("exposure", "component"), quaternion, {"components": "w x y z"}),
+            "misorientation_dev": ("exposure", misorientation_dev, {"units": "degree"}),
+            "score": ("exposure", scores),
+            "flags": ("exposure", flags.astype(np.int64)),
+            "status": ("exposure", np.full(radius.shape, "ok")),
         }
-        return xr.Dataset(variables, coords={"component": list(COMPONENTS)}, attrs={"model": self.model.reference})
+        return describe(xr.Dataset(variables, attrs={"model": self.model.reference, "model_sha256": self.model.sha256}))

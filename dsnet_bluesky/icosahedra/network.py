@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.network import Network
 
 from .rotations import IMAGINARY, REAL, nearest, reduced
 
@@ -78,25 +79,28 @@ class NetworkConfig:
         return tuple(first * 2**stage for stage in range(len(self.blocks)))
 
 
-class ResNet(nn.Module):
+PUBLISHED = NetworkConfig()
+"""Shape of the published network."""
+
+
+class ResNet(Network):
     """Read radius and orientation from images.
 
     Parameters
     ----------
     config
-        Its shape; the default is the published one.
+        Its shape.
     """
 
-    def __init__(self, config: NetworkConfig | None = None) -> None:
+    def __init__(self, config: NetworkConfig = PUBLISHED) -> None:
         super().__init__()
-        self.config = config or NetworkConfig()
-        filters = self.config.filters
+        self.config, filters = config, config.filters
         self.stem = nn.Sequential(
             nn.Conv2d(1, filters[0], 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(filters[0]), nn.ReLU(), nn.MaxPool2d(2)
         )
         layers: list[nn.Module] = []
         inputs = filters[0]
-        for stage, (outputs, count) in enumerate(zip(filters, self.config.blocks, strict=True)):
+        for stage, (outputs, count) in enumerate(zip(filters, config.blocks, strict=True)):
             for number in range(count):
                 layers.append(Block(inputs, outputs, 2 if stage and not number else 1))
                 inputs = outputs
@@ -121,11 +125,6 @@ class ResNet(nn.Module):
     def answer(self, image: Tensor) -> Answer:
         """Answer in nm and as quaternions, for standardised logarithms, shape (image, y, x)."""
         return decoded(self(image).float())
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of trainable numbers."""
-        return sum(p.numel() for p in self.parameters())
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from dsnet_bluesky.data import BadInput, curve
 from dsnet_bluesky.smearing import Smearing
 
 from .direct_beam import MINIMUM_BEAM_COUNTS, psf
-from .geometry import centred, check_shape, integrator, invalid_pixels, load_mask, load_poni, static_mask, sum_frames
+from .geometry import centred, check_shape, divisors, integrator, invalid_pixels, load_mask, load_poni, static_mask, sum_frames
 
 __all__ = [
     "MINIMUM_BEAM_COUNTS",
@@ -152,10 +152,7 @@ class Reduction:
         """
         stack = np.atleast_3d(np.asarray(frames).T).T
         check_shape(stack, self._ai)
-        divisor = np.broadcast_to(
-            _positive(time, "exposure time") * _positive(monitor, "monitor") * _positive(transmission, "transmission"),
-            (len(stack),),
-        )
+        divisor = divisors(len(stack), time=time, monitor=monitor, transmission=transmission)
         intensity, variance = np.empty((len(stack), self.q.size)), np.empty((len(stack), self.q.size))
         for i, frame in enumerate(stack):
             intensity[i], variance[i] = self._integrate(frame, i)
@@ -236,10 +233,3 @@ def _pixels(image: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray:
     if array.shape != shape or not np.isfinite(array).all():
         raise BadInput(f"The {name} must be finite with {shape[0]} x {shape[1]} pixels; it has shape {array.shape}.")
     return array.ravel()
-
-
-def _positive(value: ArrayLike, name: str) -> NDArray:
-    array = np.asarray(value, dtype=float)
-    if not np.isfinite(array).all() or (array <= 0).any():
-        raise BadInput(f"The {name} must be positive; it is {value}.")
-    return array

@@ -9,7 +9,7 @@ from typing import Any
 import fabio
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pyFAI.integrator.azimuthal import AzimuthalIntegrator
 from pyFAI.io.ponifile import PoniFile
 
@@ -69,7 +69,7 @@ def integrator(poni: Mapping[str, Any]) -> Any:
     except Exception as error:
         raise BadInput(f"The geometry (poni) is not one that pyFAI understands ({type(error).__name__}: {error}).") from error
     ai.auto_gc = False  # it collects garbage at every change otherwise, as pyFAI.load does: 0.3 s in a large process
-    if not ai.wavelength or not 1e-12 < ai.wavelength < 1e-8:
+    if not ai.wavelength or not 1e-12 < ai.wavelength < 1e-7:
         raise BadInput(f"The geometry (poni) gives the wavelength as {ai.wavelength} m; put the right one, in metres, into it.")
     if not ai.dist > 0:
         raise BadInput(f"The geometry (poni) gives the distance as {ai.dist} m; it must be positive.")
@@ -150,12 +150,34 @@ def centred(poni: Mapping[str, Any], direct_beam: xr.Dataset) -> dict[str, Any]:
 
 def beam_pixel(ai: Any) -> tuple[float, float]:
     """Where a geometry puts the beam: (row, column) at which the detector's plane crosses it."""
-    # The plane is flat: three of its pixels give the way from (row, column) to the laboratory and back.
-    rows, columns = np.array([0.0, 1000.0, 0.0]), np.array([0.0, 0.0, 1000.0])
-    _, y, x = ai.calc_pos_zyx(d1=rows, d2=columns)
-    steps = np.array([[p[1] - p[0], p[2] - p[0]] for p in (y, x)]) / 1000
-    row, column = np.linalg.solve(steps, -np.array([y[0], x[0]])) + 0.5
+    row, column = pixels_hit(ai, (1.0, 0.0, 0.0))
     return float(row), float(column)
+
+
+def pixels_hit(ai: Any, directions: ArrayLike) -> NDArray[np.float64]:
+    """Where rays from the sample meet the plane of a flat detector.
+
+    Parameters
+    ----------
+    ai
+        From `integrator`.
+    directions
+        Of the rays, of any length, shape (..., 3): along the beam (z), y and x of the laboratory.
+
+    Returns
+    -------
+    ndarray
+        Row and column, shape (..., 2), also beyond the detector's edges; NaN where a ray goes away from the plane.
+    """
+    # Three pixels of the plane give the way from (row, column) to the laboratory and back.
+    corner, down, across = np.stack(ai.calc_pos_zyx(d1=np.array([0.0, 1e3, 0.0]), d2=np.array([0.0, 0.0, 1e3])), axis=-1)
+    steps = np.stack([down - corner, across - corner], axis=-1) / 1e3
+    normal = np.cross(*steps.T)
+    rays = np.asarray(directions, dtype=float)
+    with np.errstate(divide="ignore"):
+        reach = (normal @ corner) / (rays @ normal)
+    places = np.where(reach > 0, reach, np.nan)[..., None] * rays - corner
+    return places @ np.linalg.pinv(steps).T + 0.5
 
 
 def check_shape(frames: NDArray, ai: Any) -> None:
@@ -179,3 +201,20 @@ def static_mask(ai: Any, mask: NDArray | None) -> NDArray[np.bool_]:
             f"The mask has {mask.shape[0]} x {mask.shape[1]} pixels, the detector {shape[0]} x {shape[1]}; give one that fits."
         )
     return total | np.asarray(mask, dtype=bool)
+
+
+def divisors(count: int, *, time: ArrayLike, monitor: ArrayLike, transmission: ArrayLike) -> NDArray[np.float64]:
+    """What the counts of exposures are divided by, shape (count,).
+
+    Raises
+    ------
+    BadInput
+        If one of them is not positive.
+    """
+    total = np.ones(count)
+    for name, value in (("exposure time", time), ("monitor", monitor), ("transmission", transmission)):
+        array = np.asarray(value, dtype=float)
+        if not np.isfinite(array).all() or (array <= 0).any():
+            raise BadInput(f"The {name} must be positive; it is {value}.")
+        total = total * array
+    return total

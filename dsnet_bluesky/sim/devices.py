@@ -11,6 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Protocol
 
 import h5py
 import hdf5plugin
@@ -93,6 +94,24 @@ class Beamstop(StandardReadable):
         super().__init__(name=name)
 
 
+class Camera(Protocol):
+    """The physics behind a detector."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        ...
+
+    @property
+    def poni(self) -> dict[str, Any]:
+        """Geometry as pyFAI writes it."""
+        ...
+
+    def frame(self, setting: Any, time: float) -> NDArray:
+        """One exposure of `time` seconds: int32 counts (y, x)."""
+        ...
+
+
 class FrameSource:
     """Takes frames from the camera, with the settings of the moment, into an open HDF5 file.
 
@@ -101,12 +120,12 @@ class FrameSource:
     camera
         The physics.
     setting
-        Called before each acquisition; answers what the devices stand at.
+        Called before each acquisition; answers what the devices stand at, as the camera wants it.
     realtime
         Sleep for the exposure time. Simulated exposures are instant otherwise.
     """
 
-    def __init__(self, camera: SaxsCamera, setting: Callable[[], Awaitable[Setting]], *, realtime: bool = False):
+    def __init__(self, camera: Camera, setting: Callable[[], Awaitable[Any]], *, realtime: bool = False):
         self.camera, self.setting, self.realtime = camera, setting, realtime
         self.time = 1.0
         self.number = 1
@@ -133,7 +152,7 @@ class FrameSource:
             self._file.close()
             self._file = None
 
-    async def acquire(self, setting: Setting) -> None:
+    async def acquire(self, setting: Any) -> None:
         """Take the frames that were asked for, one after another."""
         for _ in range(self.number):
             if self.realtime:
