@@ -133,9 +133,9 @@ class PreparedImages:
         Returns
         -------
         xarray.Dataset
-            As `Icosahedra` returns it, the orientations in the coordinates of pyFAI's laboratory: x, y, and z along the beam. Among
-            others, an exposure without a usable pixel has the status "failed" and holds NaN; the attribute ``failures`` says why,
-            as JSON.
+            As `Icosahedra` returns it, the orientations in the coordinates of pyFAI's laboratory: x, y, and z along the beam.
+            Among others, an exposure without a usable pixel has the status "failed" and holds NaN; the attribute ``failures``
+            says why, as JSON.
 
         Raises
         ------
@@ -158,7 +158,7 @@ class PreparedImages:
             )
 
     def _resampling(self) -> scipy.sparse.csr_array:
-        """Weights that take a frame to the grid, shape (qy * qx, y * x): linear between pixels, averaged over those of the grid."""
+        """Weights that take a frame to the grid, shape (qy * qx, y * x): linear between pixels, then the mean over a cell."""
         step, pixels = self.detector.step, self.detector.pixels
         k = 2e-9 * math.pi / float(self._ai.wavelength)
         pitch = step / k * float(self._ai.dist) / max(self._ai.pixel1, self._ai.pixel2)

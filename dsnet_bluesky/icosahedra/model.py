@@ -145,7 +145,8 @@ class Icosahedra:
         xarray.Dataset
             With the dimension exposure: `radius`, `radius_dev` (nm), `quaternion` (also component: w, x, y, z),
             `misorientation_dev` (degrees), `score`, `status` (ok) and `flags`: OUT_OF_RANGE where the radius is outside of what
-            the model was trained for, POOR_FIT where the image is unlike the one simulated from the answer: perhaps no icosahedron.
+            the model was trained for, POOR_FIT where the image is unlike the one simulated from the answer, perhaps no
+            icosahedron.
 
         Raises
         ------
