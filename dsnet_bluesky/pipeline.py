@@ -14,17 +14,20 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from .desmearing import LEARNED, prepare, settled
+from .desmearing import LEARNED, check_options, prepare, settled
 from .kinds import FRAME_MODELS, Kind, kind_of
 from .reduction import MINIMUM_BEAM_COUNTS, Reduction, centred, invalid_pixels, psf
 from .smearing import Smearing
 from .versions import Model, load_model
+
+if TYPE_CHECKING:
+    from .icosahedra.exposures import PreparedImages
 
 __all__ = ["Config", "Exposed", "Instrumental", "PreparedCurves", "PreparedExposures", "prepare_exposures", "without_model"]
 
@@ -249,7 +252,14 @@ def _desmearing(exposed: Exposed, config: Config) -> PreparedCurves:
     return PreparedCurves(exposed.instrumental(config), config)
 
 
-PREPARE: dict[str, Callable[[Exposed, Config], PreparedExposures]] = {}
+def _images(exposed: Exposed, config: Config) -> PreparedImages:
+    from .icosahedra.exposures import PreparedImages
+
+    check_options(config.method_name, PreparedImages, config.options, given=("poni", "mask", "model", "device"))
+    return PreparedImages(exposed.poni, exposed.mask, model=config.method, device=config.device, **config.options)
+
+
+PREPARE: dict[str, Callable[[Exposed, Config], PreparedExposures]] = {"icosahedra": _images}
 """How models that read frames are prepared; all other methods desmear."""
 
 

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from .data import BadInput, exposures_of
+from .data import BadInput, Flag, exposures_of
 from .smearing import Smearing
 
-__all__ = ["plot_comparison", "plot_operator", "plot_psf", "plot_residuals", "plot_result"]
+__all__ = ["plot_comparison", "plot_operator", "plot_psf", "plot_residuals", "plot_result", "plot_sizes"]
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
@@ -225,6 +225,45 @@ def plot_comparison(
 def _same_length(rows: Mapping[str, xr.Dataset]) -> list[xr.Dataset]:
     shortest = min(row.sizes["q"] for row in rows.values())
     return [row.isel(q=slice(shortest)) for row in rows.values()]
+
+
+def plot_sizes(dataset: xr.Dataset, ax: Axes | None = None, *, truth: NDArray | None = None, title: str = "") -> Figure:
+    """Plot the radius of each icosahedron with its error, those that are flagged in another colour.
+
+    Parameters
+    ----------
+    dataset
+        Result of the model ``icosahedra``, dims ("exposure",).
+    ax
+        Axes to draw on; by default a new Figure.
+    truth
+        True radii in nm, shape (exposure,), where they are known: then radii are drawn over them, in place of the number of
+        the exposure; NaN where there is none.
+    title
+        Of the axes.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, ax = _axes(ax, (6.4, 4.2))
+    radius, error, flags = (dataset[name].values for name in ("radius", "radius_dev", "flags"))
+    place = np.arange(1, radius.size + 1) if truth is None else np.where(np.isfinite(truth), truth, radius)
+    kinds = {
+        "not flagged": (flags == 0, BLUE, "o"),
+        "unlike any icosahedron": ((flags & int(Flag.POOR_FIT)) > 0, VERMILION, "X"),
+        "out of range": (flags == int(Flag.OUT_OF_RANGE), ORANGE, "s"),
+    }
+    for label, (rows, colour, marker) in kinds.items():
+        if (rows & np.isfinite(radius)).any():
+            ax.errorbar(place[rows], radius[rows], error[rows], fmt=marker, ms=6, color=colour, capsize=3, lw=1.2, label=label)
+    if truth is not None:
+        ends = np.array([place.min(), place.max()])
+        ax.plot(ends, ends, color=GREY, lw=0.8, zorder=1)
+    ax.set(xlabel="exposure" if truth is None else "true radius / nm", ylabel="radius / nm", title=title)
+    ax.tick_params(which="both", direction="in", top=True, right=True)
+    ax.legend(frameon=False)
+    return figure
 
 
 def _complete(dataset: xr.Dataset) -> xr.Dataset:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CurveClient", "DenoisedClient", "DesmearedClient", "PSFClient", "ResultClient", "ResultsClient"]
+__all__ = ["CurveClient", "DenoisedClient", "DesmearedClient", "IcosahedraClient", "PSFClient", "ResultClient", "ResultsClient"]
 
 TABLE = (
     "sample_name",
@@ -361,6 +361,22 @@ class DesmearedClient(ResultClient):
 
         check_target(Path(path), overwrite=overwrite)
         return write([contents_of(self, psfs={})], Path(path), "nxcansas", overwrite=overwrite)
+
+
+class IcosahedraClient(ResultClient):
+    """Sizes and orientations of icosahedra, one of each exposure.
+
+    Examples
+    --------
+    >>> result = catalog["analysed"].values().last()        # doctest: +SKIP
+    >>> result.read()["radius"], result.plot()              # doctest: +SKIP
+    """
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Plot the radius of each exposure with its error, coloured by the score."""
+        from .plots import plot_sizes
+
+        return plot_sizes(self._read_complete(), ax, title=self._title)
 
 
 class DenoisedClient(DesmearedClient):
