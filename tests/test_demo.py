@@ -12,8 +12,12 @@ from ophyd_async.plan_stubs import ensure_connected
 from rich.console import Console
 from tiled.queries import Key
 
-from dsnet_bluesky import demo
+from dsnet_bluesky.data import BadInput, Flag
+from dsnet_bluesky.demo import desmearing as demo
+from dsnet_bluesky.demo import run as run_experiment
+from dsnet_bluesky.demo.session import result_of
 from dsnet_bluesky.derived import register_curves, register_psf
+from dsnet_bluesky.kinds import DESMEARED
 from dsnet_bluesky.plans import Instrument, desmearing_scan
 from dsnet_bluesky.reduction import Reduction
 from dsnet_bluesky.replay import replay
@@ -124,4 +128,29 @@ def test_result_that_failed_is_named_by_its_reason(client, store_raw_run):
     store_raw_run(client, "a-run")
     ResultWriter.create(client, "demo-failed", metadata).fail("no direct beam")
     with pytest.raises(RuntimeError, match="no direct beam"):
-        demo._result(client, "a-run")
+        result_of(client, "a-run", DESMEARED)
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_single_shots_are_read_live(tmp_path):
+    output = io.StringIO()
+    outcome = run_experiment("icosahedra", tmp_path, quick=True, console=Console(file=output, width=140))
+    assert outcome.failed == 0
+    assert outcome.result.sizes["exposure"] == 5
+    flagged = (outcome.result["flags"].values & int(Flag.POOR_FIT)) > 0
+    assert flagged.tolist() == outcome.spheres.tolist()
+    away = np.abs(outcome.result["radius"].values - outcome.radii)[~outcome.spheres]
+    assert away.max() < 8
+    assert np.nanmax(outcome.misorientation) < 8
+    for figure in outcome.figures:
+        assert figure.read_bytes().startswith(b"\x89PNG")
+        assert figure.stat().st_size > 20_000
+    text = output.getvalue()
+    assert "misorientation" in text
+    assert 'client["analysed"]' in text
+
+
+def test_unknown_experiments_are_named():
+    with pytest.raises(BadInput, match="no experiment 'gold'; take desmearing, icosahedra"):
+        run_experiment("gold")

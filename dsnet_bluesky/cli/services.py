@@ -41,15 +41,16 @@ def serve(
 
 @app.command()
 def demo(
+    experiment: Annotated[str, typer.Option("--experiment", "-e", help="desmearing or icosahedra.")] = "desmearing",
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server up at the end.")] = False,
     directory: Annotated[Path, typer.Option(help="Where data and figures go.")] = Path("dsnet-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Only two of the slits, and two exposures of the spheres.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller experiment: fewer settings and exposures.")] = False,
     port: Annotated[int, typer.Option(help="Of the server; 0 takes a free one.")] = 0,
 ) -> None:
-    """Repeat the paper's experiment live on a simulated beamline."""
+    """Run an experiment live on a simulated instrument, by default that of the DSNet paper."""
     from dsnet_bluesky import demo as demonstration
 
-    demonstration.run(directory, keep=keep, quick=quick, port=port)
+    demonstration.run(experiment, directory, keep=keep, quick=quick, port=port)
 
 
 @app.command()

@@ -7,34 +7,29 @@ back from the catalog for the table and the figures, as any user would read them
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from bluesky import RunEngine
 from bluesky import plan_stubs as bps
 from bluesky.utils import MsgGenerator
 from numpy.typing import NDArray
-from ophyd_async.plan_stubs import ensure_connected
+from ophyd_async.core import Device
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from tiled.queries import Key
 
-from . import plots
-from .callbacks.desmear import DesmearCallback
-from .pipeline import Config
-from .plans import Instrument, desmearing_scan, expose
-from .reduction import Reduction, centred
-from .server import Server
-from .sim import PAPER_SLITS, SampleChanger, SaxsCamera, Setting, SilverBehenate, SimBeamline, SlitSetting, Sphere
-from .smearing import Smearing
-from .spool import SpooledWriter
+from dsnet_bluesky import plots
+from dsnet_bluesky.kinds import DESMEARED
+from dsnet_bluesky.pipeline import Config
+from dsnet_bluesky.plans import Instrument, desmearing_scan, expose
+from dsnet_bluesky.reduction import Reduction, centred
+from dsnet_bluesky.sim import PAPER_SLITS, SampleChanger, SaxsCamera, Setting, SilverBehenate, SimBeamline, SlitSetting, Sphere
+from dsnet_bluesky.smearing import Smearing
+
+from .session import Session, result_of, say_how_to_go_on, serving
 
 __all__ = ["Distances", "Outcome", "distances", "run"]
 
@@ -47,8 +42,8 @@ ATTENUATION = 5000.0
 POSITIONS = (-0.8, -0.4, 0.0, 0.4, 0.8)
 """Of the scan across the capillary with spheres, in mm."""
 
-PATIENCE = 90.0
-"""Seconds to wait for the last result after the last plan."""
+QUERY = 'client["desmeared"].search(Key("sample") == "AgBh").search(Key("status") == "complete").values().first().read()'
+"""A first question to the catalog."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +109,17 @@ def run(
     slits = PAPER_SLITS[:: len(PAPER_SLITS) - 1] if quick else PAPER_SLITS
     positions = POSITIONS[:2] if quick else POSITIONS
     console.print(f"[bold]A SAXS beamline, simulated.[/bold] Data and figures go to {directory}")
-    with console.status("Starting the Tiled server ..."):
-        server = Server(directory / "data", port=port).start()
-    try:
+    with serving(directory, port, console) as server:
         client = server.client()
-        session = _Session(client, server.data_directory / "detector", console)
-        runs = session.run(slits, positions)
-        outcome = _evaluate(client, session.camera, slits, positions, runs, directory)
-        outcome.failed = session.desmear.statistics.failed
+        experiment = _Experiment(server.data_directory / "detector")
+        session = Session(client, server.data_directory, console, Config())
+        plan, runs = experiment.plan(slits, positions), experiment.runs
+        results = len(slits) + len(positions)
+        session.run(experiment.devices, plan, exposures=len(slits) + results, results=(results, "curves desmeared and stored"))
+        outcome = _evaluate(client, experiment.camera, slits, positions, runs, directory)
+        outcome.failed = session.callback.statistics.failed
         _show(console, outcome)
-        _say_how_to_go_on(console, server, keep)
-        if keep:
-            _wait_for_interrupt()
-    finally:
-        server.stop()
+        say_how_to_go_on(console, server, QUERY, keep=keep)
     return outcome
 
 
@@ -140,41 +132,25 @@ class _Runs:
     spheres: str = ""
 
 
-class _Session:
-    """A RunEngine on the simulated beamline, writing to the catalog and desmearing on the way."""
+class _Experiment:
+    """The simulated beamline and what is done on it."""
 
-    def __init__(self, client: Any, folder: Path, console: Console):
-        self.camera = SaxsCamera(seed=2026)
-        self.desmear = DesmearCallback(client, config=Config())
-        self._console = console
+    def __init__(self, folder: Path) -> None:
+        self.camera, self.runs = SaxsCamera(seed=2026), _Runs()
         self._beamline = SimBeamline(folder, self.camera)
         self._masks = {"beam": folder / "mask-direct-beam.npy", "sample": folder / "mask-sample.npy"}
         np.save(self._masks["beam"], self.camera.mask())
         np.save(self._masks["sample"], self.camera.mask(BEAMSTOP))
         self._instrument = Instrument(self.camera.poni, mask=self._masks["sample"])
-        self._engine = RunEngine({}, call_returns_result=True)
-        self._writer = SpooledWriter(folder.parent / "spool", client["raw"])
-        self._engine.subscribe(self._writer)
-        self._engine.subscribe(self.desmear)
 
-    def run(self, slits: Sequence[SlitSetting], positions: Sequence[float]) -> _Runs:
-        """Take all exposures and wait for their results."""
-        runs = _Runs()
-        self._engine(ensure_connected(*self._beamline.devices))
-        with self._progress(2 * len(slits) + len(positions), len(slits) + len(positions)):
-            self._engine(self._experiment(slits, positions, runs))
-            finished = self._writer.wait(PATIENCE) and self.desmear.wait(PATIENCE)
-        self._writer.close()
-        self.desmear.close()
-        self._engine.loop.call_soon_threadsafe(self._engine.loop.stop)
-        if not finished:
-            raise TimeoutError(
-                f"The results were not complete {PATIENCE:.0f} s after the last exposure: {self.desmear.statistics}"
-            )
-        return runs
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Every device, to be connected before the plan."""
+        return self._beamline.devices
 
-    def _experiment(self, slits: Sequence[SlitSetting], positions: Sequence[float], runs: _Runs) -> MsgGenerator[None]:
-        line = self._beamline
+    def plan(self, slits: Sequence[SlitSetting], positions: Sequence[float]) -> MsgGenerator[None]:
+        """Take all exposures, and remember their runs."""
+        line, runs = self._beamline, self.runs
         for setting in slits:
             yield from self._set_slits(setting)
             uids = yield from desmearing_scan(
@@ -220,30 +196,6 @@ class _Session:
         yield from bps.mv(line.beamstop.radius, BEAMSTOP, line.attenuator.factor, 1.0)
         transmission = self.camera.transmission
         yield from bps.configure(self._instrument, attenuation=1.0, transmission=transmission)
-
-    @contextmanager
-    def _progress(self, exposures: int, results: int) -> Iterator[None]:
-        """Show how many exposures are taken, and how many are desmeared already."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        stop = threading.Event()
-        with Progress(*columns, console=self._console) as progress:
-            taken = progress.add_task("exposures taken by the plans  ", total=exposures)
-            done = progress.add_task("curves desmeared and stored   ", total=results)
-            token = self._engine.subscribe(lambda name, doc: progress.advance(taken), name="event")
-
-            def follow() -> None:
-                while not stop.wait(0.1):
-                    progress.update(done, completed=self.desmear.statistics.exposures)
-
-            thread = threading.Thread(target=follow, daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                stop.set()
-                thread.join()
-                progress.update(done, completed=self.desmear.statistics.exposures)
-                self._engine.unsubscribe(token)
 
 
 def distances(results: Mapping[str, xr.Dataset], truths: Mapping[str, Any]) -> dict[str, Distances]:
@@ -291,10 +243,11 @@ def _evaluate(
 ) -> Outcome:
     """Read the results back from the catalog; make the table and the figures."""
     outcome = Outcome(directory)
-    outcome.results = {s.label: _result(client, uid).isel(exposure=0) for s, uid in zip(slits, runs.behenate, strict=True)}
+    found = {s.label: result_of(client, uid, DESMEARED) for s, uid in zip(slits, runs.behenate, strict=True)}
+    outcome.results = {label: result.isel(exposure=0) for label, result in found.items()}
     truths = {s.label: _truth(camera, Setting(SilverBehenate(), s.width, s.height)) for s in slits}
     outcome.table = distances(outcome.results, truths)
-    spheres = _result(client, runs.spheres)
+    spheres = result_of(client, runs.spheres, DESMEARED)
     outcome.spheres = _sphere_errors(spheres, camera, slits[0], positions)
     smearing = _operator(client, camera, runs.beams[0])
     q = outcome.results[slits[0].label]["q"].values
@@ -322,13 +275,6 @@ def _sphere_errors(result: xr.Dataset, camera: SaxsCamera, slits: SlitSetting, p
             found.append(np.log(I[I > 0] / truth[I > 0]) ** 2)
     measured, desmeared = (float(np.concatenate(found).mean()) for found in errors.values())
     return measured, desmeared
-
-
-def _result(client: Any, raw_uid: str) -> xr.Dataset:
-    node = client["desmeared"].search(Key("raw_uid") == raw_uid).values().first()
-    if node.metadata["status"] != "complete":
-        raise RuntimeError(f"Run {raw_uid} was not desmeared: {node.metadata.get('reason')}")
-    return node.read()
 
 
 def _truth(camera: SaxsCamera, setting: Setting) -> Any:
@@ -368,31 +314,3 @@ def _show(console: Console, outcome: Outcome) -> None:
     if outcome.failed:
         console.print(f"[red]{outcome.failed} exposures could not be desmeared; their results say why.[/red]")
     console.print("Figures: " + ", ".join(path.name for path in outcome.figures) + f" in {outcome.directory}")
-
-
-def _say_how_to_go_on(console: Console, server: Server, keep: bool) -> None:
-    """Print the commands that open the catalog and query it."""
-    uri, key = server.uri, server.api_key
-    if keep:
-        console.print(f"\nThe server stays up at {uri} until Ctrl-C. In another terminal, in Python:")
-    else:
-        port, key = 8000, "secret"
-        uri = f"http://127.0.0.1:{port}"
-        command = f"dsnet-bluesky serve --directory {server.data_directory} --port {port} --api-key {key}"
-        console.print("\nThe catalog stays. Open it again, and query it in Python:")
-        console.print(f"  {command}", soft_wrap=True, highlight=False)
-    lines = (
-        "from tiled.client import from_uri",
-        "from tiled.queries import Key",
-        f'client = from_uri("{uri}", api_key="{key}")',
-        'client["desmeared"].search(Key("sample") == "AgBh").search(Key("status") == "complete").values().first().read()',
-    )
-    for line in lines:
-        console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _wait_for_interrupt() -> None:
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        return
