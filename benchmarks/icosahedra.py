@@ -2,7 +2,7 @@
 
 Images are simulated anew, with another seed than those of the training. Writes Markdown and a figure:
 
-    python benchmarks/icosahedra.py             # about 15 minutes on one thread, most of it for forward fitting
+    python benchmarks/icosahedra.py             # about 25 minutes on one thread, most of it for forward fitting
     python benchmarks/icosahedra.py --quick     # a smoke test
 """
 
@@ -47,12 +47,20 @@ class Case(NamedTuple):
     counts: Tensor
     truth: Answer
 
+    def first(self, count: int) -> Case:
+        """Give the first of them."""
+        return Case(self.counts[:count], _first(self.truth, count))
+
 
 def drawn(count: int, seed: int = SEED) -> Answer:
     """Draw radii and orientations."""
     generator = torch.Generator().manual_seed(seed)
     radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * torch.rand(count, generator=generator)
     return Answer(radius, random_quaternions(count, generator).float())
+
+
+def _first(answer: Answer, count: int) -> Answer:
+    return Answer(*(part[:count] for part in answer))
 
 
 def measured(simulator: Simulator, truth: Answer, peak: float = PEAK) -> Case:
@@ -191,18 +199,51 @@ def _unpacked(x: Any) -> Answer:
     return Answer(values[:1].exp(), multiply(turn / turn.norm(), values[4:])[None])
 
 
-def comparison(reader: Icosahedra, count: int, starts: int) -> list[str]:
-    """Compare with forward fitting, on the coarser grid that the fit simulates with as well."""
+def comparison(reader: Icosahedra, count: int, starts: int, path: Path) -> list[str]:
+    """Compare with forward fitting, on the coarser grid that the fit simulates with as well; draw the errors."""
     coarse = dataclasses.replace(reader.simulator, points=48, slices=48)
     case = measured(coarse, drawn(count, SEED + 500))
-    lines = [line("network", answers(reader.network, log_image(case.counts)), case.truth, f" {'8 views'} |")]
+    network = answers(reader.network, log_image(case.counts))
+    begun = simplex_from(coarse, case, network)
     started = time.perf_counter()
     best = fitted(coarse, case, starts)
     seconds = (time.perf_counter() - started) / count / starts
+    draw_fits(network, best, case.truth, path)
+    lines = [
+        line("network", network, case.truth, " 8 views |"),
+        line("1 start, at the network's answer", begun, case.truth, f" {STEPS} simulations, {seconds:.1f} s |"),
+    ]
     for number in sorted({n for n in (1, 2, 5, 10, 20, 50) if n <= starts} | {starts}):
-        answer = best[number - 1]
-        lines.append(line(f"{number} starts", answer, case.truth, f" {number * STEPS} simulations, {number * seconds:.1f} s |"))
+        cost = f" {number * STEPS} simulations, {number * seconds:.1f} s |"
+        lines.append(line(f"{number} random start{'s' * (number > 1)}", best[number - 1], case.truth, cost))
     return lines
+
+
+def simplex_from(simulator: Simulator, case: Case, start: Answer) -> Answer:
+    """Fit each image by one simplex from a start."""
+    begin = (case.counts[:, None], start.radius, start.quaternion)
+    found = [_unpacked(simplex(simulator, *each)[1]) for each in zip(*begin, strict=True)]
+    return Answer(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def draw_fits(network: Answer, best: Sequence[Answer], truth: Answer, path: Path) -> None:
+    """Draw the errors of forward fitting against the number of simulations, as in the paper's Fig. 4b."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    simulations = STEPS * np.arange(1, len(best) + 1)
+
+    def errors(answer: Answer) -> tuple[float, float]:
+        away = 100 * relative_errors(answer, truth, symmetric=True).abs().mean(dim=1)
+        return float(away.mean()), float(misorientation(answer.quaternion, truth.quaternion).median())
+
+    labels = "mean relative error, nearest equivalent / %", "median misorientation / degrees"
+    for axes, label, found, wanted in zip(
+        figure.subplots(1, 2), labels, zip(*map(errors, best), strict=True), errors(network), strict=True
+    ):
+        axes.loglog(simulations, found, "o-", ms=3, label="simplexes from random starts")
+        axes.axhline(wanted, color="C1", label="network")
+        axes.set(xlabel="simulations for one image", ylabel=label)
+        axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def draw(found: dict[str, Answer], truth: Answer, path: Path) -> None:
@@ -258,7 +299,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
     parser.add_argument("--model", default="icosahedra", help="a released model, or the folder of one")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--fits", type=int, default=10, help="images that are fitted")
+    parser.add_argument("--fits", type=int, default=30, help="images that are fitted")
     parser.add_argument("--starts", type=int, default=20, help="starts of a fit")
     arguments = parser.parse_args(words)
     count, fits, starts = (8, 1, 1) if arguments.quick else (arguments.images, arguments.fits, arguments.starts)
@@ -267,7 +308,7 @@ def main(words: Sequence[str] | None = None) -> None:
     case = measured(reader.simulator, drawn(count))
     lines, found = accuracy(reader, case)
     draw(found, case.truth, arguments.output / "icosahedra.png")
-    few = Answer(*(part[: max(4, count // 5)] for part in case.truth))
+    some, few = case.first(max(4, count // 2)), _first(case.truth, max(4, count // 5))
     parts = [
         "# Icosahedra from one image",
         provenance(
@@ -276,11 +317,13 @@ def main(words: Sequence[str] | None = None) -> None:
         PROTOCOL.format(count=count, model=reader.model.reference, peak=PEAK),
         f"## Errors\n\n{table('images', lines)}\n\n![Histograms of errors](icosahedra.png)",
         f"## Stated errors and flags\n\n{honesty(reader, case)}\n\n{speed(reader, case)}",
-        f"## Augmentations\n\nEight views.\n\n{table('change', robustness(reader, case))}",
+        f"## Augmentations\n\n{len(some.counts)} images, eight views.\n\n{table('change', robustness(reader, some))}",
         f"## Off the model\n\n{len(few.radius)} images, eight views; the median of the score and the share flagged POOR_FIT.\n\n"
         + table("images", off_model(reader, few), ("score", "flagged")),
         f"## Forward fitting\n\n{fits} images; simplexes of {STEPS} simulations from random starts, the best by the score; "
-        f"48 points, 48 slices for images and fit.\n\n{table('method', comparison(reader, fits, starts), ('cost',))}",
+        f"48 points, 48 slices for images and fit.\n\n"
+        + table("method", comparison(reader, fits, starts, arguments.output / "icosahedra-fits.png"), ("cost",))
+        + "\n\n![Errors of forward fitting](icosahedra-fits.png)",
     ]
     (arguments.output / "icosahedra.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

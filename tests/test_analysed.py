@@ -1,5 +1,7 @@
 """Icosahedra through the whole mechanism: a plan, live answers beside the raw run, and the same by replay."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from bluesky_tiled_plugins import TiledWriter
@@ -15,6 +17,7 @@ from dsnet_bluesky.queries import IcosahedraClient
 from dsnet_bluesky.questions import OfRun
 from dsnet_bluesky.replay import replay
 from dsnet_bluesky.sim.shots import Particle, SingleShotCamera, single_shot_detector
+from dsnet_bluesky.versions import load_model
 
 CONFIG = Config(method="icosahedra")
 
@@ -55,9 +58,9 @@ def test_shots_are_answered_live_and_verified_by_replay(client, camera, shoot):
     uid = shoot(live=True)
     node = result_of(client, uid)
     assert isinstance(node, IcosahedraClient)
-    said = node.metadata
+    said: dict[str, Any] = dict(node.metadata)
     assert (said["status"], said["method"], said["operation"]) == ("complete", "icosahedra", "size and orientation")
-    assert said["model"] == {"name": "icosahedra", "version": "1.0.0", "sha256": said["model_sha256"]} or said["model_sha256"]
+    assert said["model_sha256"] == load_model("icosahedra:1.0.0").sha256
     assert said["score_least"] <= said["score_median"]
     assert node.direct_beam is None
     result = node.read()

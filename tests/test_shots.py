@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_the_detector_writes_every_shot(tmp_path):
         await detector.stage()
         for _ in range(2):
             await detector.trigger()
-        documents = [document async for document in detector.collect_asset_docs()]
+        documents: list[Any] = [document async for document in detector.collect_asset_docs()]
         await detector.unstage()
         return documents[0][1]
 

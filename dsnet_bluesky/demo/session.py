@@ -87,7 +87,7 @@ class Session:
         """
         self.engine(ensure_connected(*devices))
         with self._progress(exposures, results):
-            found = self.engine(plan).plan_result
+            said: Any = self.engine(plan)
             finished = self._writer.wait(PATIENCE) and self.callback.wait(PATIENCE)
         self._writer.close()
         self.callback.close()
@@ -96,7 +96,7 @@ class Session:
             raise TimeoutError(
                 f"The results were not complete {PATIENCE:.0f} s after the last exposure: {self.callback.statistics}"
             )
-        return found
+        return said.plan_result
 
     @contextmanager
     def _progress(self, exposures: int, results: tuple[int, str]) -> Iterator[None]:

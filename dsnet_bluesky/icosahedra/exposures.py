@@ -6,6 +6,7 @@ and the beam is where it is. A model wants equal steps of the transverse q about
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -143,11 +144,11 @@ class PreparedImages:
             If no exposure holds a usable pixel.
         """
         images = reduced["image"].transpose("exposure", "qy", "qx").values
-        usable = (images > 0).any(axis=(1, 2))  # NaN is not above 0
+        usable = np.asarray((images > 0).any(axis=(1, 2)))  # NaN is not above 0
         found = self._reader(images[usable]) if usable.any() else xr.Dataset()
-        rows = iter(range(len(images)))
+        rows = itertools.count()
         empty = BadInput("The image holds no unmasked pixel with a positive count: nothing was hit, or the mask covers it.")
-        return join_answers([found.isel(exposure=[next(rows)]) if one else empty for one in usable])
+        return join_answers([found.isel(exposure=[next(rows)]) if one else empty for one in usable.tolist()])
 
     def _check_wavelength(self) -> None:
         wavelength, expected = float(self._ai.wavelength) * 1e9, self.detector.wavelength
