@@ -26,6 +26,8 @@ class Kind:
         By which Tiled's client finds what reads them.
     needs_direct_beam
         Whether each run is paired with a direct beam.
+    holds_curves
+        Whether its results hold desmeared curves, as files for SasView and others do.
     compared
         A variable and its error, by which a result that was computed again is compared with the stored one.
     summary
@@ -37,6 +39,7 @@ class Kind:
     mount: str
     spec: str
     needs_direct_beam: bool
+    holds_curves: bool
     compared: tuple[str, str]
     summary: Mapping[str, tuple[str, str]] = field(hash=False)
 
@@ -46,6 +49,7 @@ DESMEARED = Kind(
     mount="desmeared",
     spec="dsnet_desmeared",
     needs_direct_beam=True,
+    holds_curves=True,
     compared=("I", "Idev"),
     summary={"chi2_median": ("chi2", "median"), "chi2_largest": ("chi2", "largest")},
 )
@@ -57,6 +61,7 @@ FRAME_MODELS: dict[str, Kind] = {
         mount="analysed",
         spec="dsnet_icosahedra",
         needs_direct_beam=False,
+        holds_curves=False,
         compared=("radius", "radius_dev"),
         summary={"radius_median": ("radius", "median"), "score_median": ("score", "median"), "score_least": ("score", "least")},
     ),
@@ -65,6 +70,7 @@ FRAME_MODELS: dict[str, Kind] = {
         mount="analysed",
         spec="dsnet_denoised",
         needs_direct_beam=True,
+        holds_curves=True,
         compared=("I", "Idev"),
         summary={
             "chi2_median": ("chi2", "median"),

@@ -1,6 +1,6 @@
-"""Formats in which the server gives results away: ``?format=nxcansas``, ``xml`` and ``txt`` of a node of ``/desmeared``.
+"""Formats in which the server gives results away: ``?format=nxcansas``, ``xml`` and ``txt`` of a result that holds curves.
 
-Tiled finds them by the spec `dsnet_desmeared` (`media_types` in tiled_config/). It asks for a node that the
+Tiled finds them by the specs `dsnet_desmeared` and `dsnet_denoised` (`media_types` in tiled_config/). It asks for a node that the
 user may read, and hands over that node alone: these files hold what `dsnet-bluesky export` writes,
 without the PSF and the instrument, which are other nodes with access tags of their own.
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dsnet_bluesky.kinds import DESMEARED
+
 from .common import LOCAL, ApiKey, Uri, app, connect, say
 
 __all__ = ["export"]
@@ -40,6 +42,7 @@ def export(
     exposure: Annotated[
         int | None, typer.Option(metavar="N", help="Only this exposure of each result, from 1.", show_default=False)
     ] = None,
+    mount: Annotated[str, typer.Option(help="Where the results lie: desmeared or analysed.")] = DESMEARED.mount,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     uri: Uri = LOCAL,
     api_key: ApiKey = None,
@@ -49,12 +52,12 @@ def export(
     Prints the files. A file is there as a whole or not at all; nothing is written if one of
     them cannot be. Results that failed or are not finished are left out, which is said on stderr.
     """
-    from dsnet_bluesky.derived.catalog import mount
+    from dsnet_bluesky import derived
     from dsnet_bluesky.export import stored
     from dsnet_bluesky.questions import parse_query
 
     questions = [question for text in query or [] for question in parse_query(text)]
-    selection = stored.select(mount(connect(uri, api_key), "desmeared"), result or [], questions)
+    selection = stored.select(derived.mount(connect(uri, api_key), mount), result or [], questions)
     for path, _ in stored.export(selection, output, format, exposure=exposure, overwrite=overwrite):
         say(str(path))
     for key, why in list(selection.left_out.items())[:NAMED]:

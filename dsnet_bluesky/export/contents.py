@@ -13,6 +13,7 @@ import xarray as xr
 
 from dsnet_bluesky.data import BadInput, Flag, exposures_of
 from dsnet_bluesky.documents import Instrument, failures_of, sample_name
+from dsnet_bluesky.kinds import kind_of
 from dsnet_bluesky.smearing import Smearing
 
 __all__ = ["Contents", "Step", "of_curves", "of_result", "one_line", "reduction_of", "text_of"]
@@ -241,8 +242,13 @@ def check_complete(said: Mapping[str, Any]) -> None:
     Raises
     ------
     BadInput
-        If it failed, or is being written; says why.
+        If it failed, is being written, or holds no curve; says why.
     """
+    if not kind_of(str(said.get("method"))).holds_curves:
+        raise BadInput(
+            f"This result is by {said['method']} and holds no curve; give it away with result.read().to_netcdf(...), or from the "
+            "server with ?format=netcdf or csv."
+        )
     status = said.get("status")
     if status == "failed":
         raise BadInput(f"This result failed, there is nothing to export: {one_line(said.get('reason') or 'it does not say why')}")
