@@ -369,7 +369,7 @@ def mse_table(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:
 
 def methods_table(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:
     """Lay out how every method fared in all: refusals, chi2, coverage, and how often it was the best."""
-    rivals = [label for label in labels if label != BARE]
+    rivals = [label for label in labels if label != BARE and ":" not in label]
     best = [min(rivals, key=lambda label: error_of(o, label)) for o in outcomes]
     rows = []
     for label in labels:
@@ -500,7 +500,7 @@ Error: mean squared error of ln I over the points of a curve; given are the geom
 median. Answers below {least:g} of the least truth of their curve are raised to that before the logarithm ("floored": how many
 curves that befell). What a method refuses (lake: intensities that are not positive; wiener: uneven grids) is
 missing from its figures, which makes them better than they are; the last row holds only curves that all answered.
-"dsnet, network only" leaves out proximal steps and substitutes; it is not counted among the best.
+"dsnet, network only" leaves out proximal steps and substitutes; it and another release are not counted among the best.
 "Smearing did": classes of curves by the error that they have as measured, noise included.
 chi2 is of the re-smeared answer against the measurement with its stated Idev, which is often too small.
 """
@@ -522,6 +522,7 @@ def report(outcomes: list[Outcome], labels: Sequence[str], arguments: argparse.N
     every = ["smeared", *labels]
     tuned = [o for o in outcomes if "dsnet-paper" in o.answers]
     options = " --quick" if arguments.quick else f" --instruments {arguments.instruments} --curves {arguments.curves}"
+    options += f" --beside {arguments.beside}" if arguments.beside else ""
     kinds = ", ".join(f"{len({id(o.smearing) for o in g})} {k}" for k, g in all_groups(outcomes)["instrument"].items())
     families = len(all_groups(outcomes)["family"])
     protocol = PROTOCOL.format(
@@ -625,6 +626,7 @@ def main() -> None:
     parser.add_argument("--curves", type=int, default=2, help="samples of each family for each instrument (default: 2)")
     parser.add_argument("--shapes", type=int, default=20, help="shapes of each family in the library (default: 20)")
     parser.add_argument("--model", default="dsnet", help="released model, or the folder of one (default: dsnet)")
+    parser.add_argument("--beside", metavar="VERSION", help="another released model in a column of its own: dsnet:2.1.0")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
     parser.add_argument("--iterations", type=int, default=500, help="steps of fine-tuning of dsnet-paper (default: 500)")
     cache = Path(__file__).parents[1] / "build" / "benchmarks"
@@ -636,7 +638,7 @@ def main() -> None:
     (arguments.output / "families").mkdir(parents=True, exist_ok=True)
     families = CHEAP if arguments.quick else families_of("test")
     library = library_of(arguments.cache, families, arguments.shapes)
-    methods = available(METHODS)
+    methods = available(METHODS | ({arguments.beside: (arguments.beside, {})} if arguments.beside else {}))
     outcomes: list[Outcome] = []
     model = ""
     for number in range(arguments.instruments):

@@ -96,9 +96,9 @@ class Scores:
 def available(methods: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Leave out what this version of the package does not have, and say so."""
     for label, (method, _) in methods.items():
-        if method not in INSTALLED:
+        if method.partition(":")[0] not in INSTALLED:
             print(f"{label}: left out, dsnet_bluesky.desmearing has no method {method!r}", flush=True)
-    return {label: entry for label, entry in methods.items() if entry[0] in INSTALLED}
+    return {label: entry for label, entry in methods.items() if entry[0].partition(":")[0] in INSTALLED}
 
 
 def desmeared(curves: xr.Dataset, smearing: Smearing, method: str, options: dict[str, Any]) -> Answer:
