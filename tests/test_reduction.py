@@ -8,7 +8,8 @@ import pyFAI
 import pytest
 
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.reduction import Reduction, centred, invalid_pixels, load_mask, load_poni, psf, sum_frames
+from dsnet_bluesky.reduction import Reduction, centred, integrator, invalid_pixels, load_mask, load_poni, psf, sum_frames
+from dsnet_bluesky.reduction.geometry import pixels_hit
 
 PIXEL = 172e-6
 CENTRE = (300.27, 240.61)
@@ -195,6 +196,15 @@ def test_a_detector_that_was_moved_keeps_its_own_centre():
     direct = psf(beam(centre=(1.4 * PIXEL, 0)), PONI)
     moved = centred({**PONI, "poni1": PONI["poni1"] + 17 * PIXEL}, direct)
     assert moved["poni1"] - centred(PONI, direct)["poni1"] == pytest.approx(17 * PIXEL)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4])
+def test_rays_through_pixels_hit_these_pixels(orientation: int):
+    ai = integrator({**PONI, "rot1": 0.3, "rot2": -0.2, "rot3": 0.1, "detector_config": {"orientation": orientation}})
+    rays = np.stack(ai.calc_pos_zyx(corners=False), axis=-1)
+    expected = np.stack(np.indices(SHAPE), axis=-1) + 0.5
+    np.testing.assert_allclose(pixels_hit(ai, 3.0 * rays), expected, atol=1e-4)  # pyFAI computes in single precision
+    assert np.isnan(pixels_hit(ai, -rays[0, 0])).all()
 
 
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4])
