@@ -138,8 +138,16 @@ def off_model(reader: Icosahedra, truth: Answer) -> list[str]:
         **{f"{peak:.0e} photons at the peak": measured(base, truth, peak) for peak in (1e4, 1e5, 1e8)},
     }
     turned = torch.rot90(cases["as trained"].counts, 2, (-2, -1))
+    cases |= {f"hole of {part:.0%} of the width, masked": holed(cases["as trained"], part) for part in (0.06, 0.12)}
     cases["averaged with opposite pixels"] = Case((cases["as trained"].counts + turned) / 2, truth)
     return [line(name, *_read(reader, case)) for name, case in cases.items()]
+
+
+def holed(case: Case, part: float) -> Case:
+    """Mask a round hole about the beam, its diameter a part of the image's width."""
+    place = torch.linspace(-1, 1, case.counts.shape[-1])
+    hole = place**2 + place[:, None] ** 2 < part**2
+    return case._replace(counts=torch.where(hole, torch.nan, case.counts))
 
 
 def _read(reader: Icosahedra, case: Case) -> tuple[Answer, Answer, str]:
@@ -300,7 +308,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="icosahedra", help="a released model, or the folder of one")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--fits", type=int, default=30, help="images that are fitted")
-    parser.add_argument("--starts", type=int, default=20, help="starts of a fit")
+    parser.add_argument("--starts", type=int, default=12, help="starts of a fit")
     arguments = parser.parse_args(words)
     count, fits, starts = (8, 1, 1) if arguments.quick else (arguments.images, arguments.fits, arguments.starts)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -308,7 +316,7 @@ def main(words: Sequence[str] | None = None) -> None:
     case = measured(reader.simulator, drawn(count))
     lines, found = accuracy(reader, case)
     draw(found, case.truth, arguments.output / "icosahedra.png")
-    some, few = case.first(max(4, count // 2)), _first(case.truth, max(4, count // 5))
+    some, few = case.first(max(4, count // 4)), _first(case.truth, max(4, count // 8))
     parts = [
         "# Icosahedra from one image",
         provenance(

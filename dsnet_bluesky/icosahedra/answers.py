@@ -16,7 +16,7 @@ from .multislice import Simulator
 from .network import Answer, ResNet
 from .rotations import conjugate, misorientation, multiply, nearest, reduced
 
-__all__ = ["agreed", "answers", "score"]
+__all__ = ["agreed", "answers", "filled", "score"]
 
 AGREEING = 10.0
 """Misorientation in degrees up to which views are averaged with the one that the others are nearest to."""
@@ -111,6 +111,25 @@ def score(simulator: Simulator, intensity: Tensor, answer: Answer) -> Tensor:
     expected = _scaled(measured, simulated)
     a, b = (torch.log(part.clamp_min(0) / floor + OFFSET).flatten(1) for part in (measured, expected))
     return _correlation(a, b)
+
+
+def filled(simulator: Simulator, intensity: Tensor, answer: Answer) -> Tensor:
+    """Put what is simulated from an answer where images are masked.
+
+    A network takes a dark hole for a part of the image, and its radius suffers; it is best asked again after this.
+
+    Parameters
+    ----------
+    simulator, intensity, answer
+        As of `score`.
+
+    Returns
+    -------
+    Tensor
+        Shape (image, y, x), without NaN.
+    """
+    expected = _scaled(intensity, simulator(answer.radius, answer.quaternion).to(intensity))
+    return torch.where(intensity.isnan(), expected, intensity)
 
 
 def _binned(values: Tensor, mask: Tensor) -> Tensor:

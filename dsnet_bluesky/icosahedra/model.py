@@ -15,13 +15,17 @@ from dsnet_bluesky.data import BadInput, Flag, describe
 from dsnet_bluesky.network import check_device
 from dsnet_bluesky.versions import Model
 
-from .answers import answers, score
+from .answers import answers, filled, score
 from .images import VIEWS, log_image
 from .multislice import Detector, Simulator
 from .network import RADIUS, Answer, NetworkConfig, ResNet
 from .rotations import misorientation
 
 __all__ = ["Calibration", "Icosahedra", "simulator_from"]
+
+
+REPEATED = 3
+"""How often the network is asked again, masked pixels filled with what its last answer says of them."""
 
 
 class Calibration(NamedTuple):
@@ -155,6 +159,8 @@ class Icosahedra:
         """
         intensity = self._intensity(frames)
         answer = answers(self.network, log_image(intensity), self.views)
+        for _ in range(REPEATED if intensity.isnan().any() else 0):
+            answer = answers(self.network, log_image(filled(self.simulator, intensity, answer)), self.views)
         rated = score(self.simulator, intensity, answer)
         return self._result(*(part.double().cpu().numpy() for part in (*answer, rated)))
 
