@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsnet_bluesky.icosahedra.answers import agreed, answers, score
+from dsnet_bluesky.icosahedra.answers import agreed, answers, filled, score
 from dsnet_bluesky.icosahedra.images import VIEWS, exposed, standardised, view, viewed_from
 from dsnet_bluesky.icosahedra.multislice import SPHERE, Detector, Simulator
 from dsnet_bluesky.icosahedra.network import Answer
@@ -70,3 +70,13 @@ def test_masked_pixels_do_not_count():
     image = SIMULATOR(*truth)
     image[:, 28:36, 28:36] = torch.nan
     assert float(score(SIMULATOR, image, truth)) > 0.999
+
+
+def test_masked_pixels_are_filled_on_the_scale_of_the_others():
+    truth = Answer(torch.tensor([90.0, 60.0]), random_quaternions(2, 6).float())
+    image = 3e-9 * SIMULATOR(*truth)
+    masked = image.clone()
+    masked[0, 28:36, 28:36] = torch.nan
+    found = filled(SIMULATOR, masked, truth)
+    torch.testing.assert_close(found, image, rtol=1e-3, atol=float(1e-6 * image.max()))
+    assert torch.equal(found[1], image[1])

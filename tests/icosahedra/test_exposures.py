@@ -10,6 +10,7 @@ import torch
 from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.icosahedra import Icosahedra
 from dsnet_bluesky.icosahedra.exposures import PreparedImages
+from dsnet_bluesky.icosahedra.images import exposed
 from dsnet_bluesky.icosahedra.multislice import SPHERE, WAVELENGTH
 from dsnet_bluesky.icosahedra.rotations import misorientation
 from dsnet_bluesky.rows import columns_of, decode_words, pack, unpack
@@ -73,13 +74,15 @@ class TestReduce:
         prepared = PreparedImages(geometry(**turned), None, model=MODEL, polarisation=None)
         z, y, x = prepared._ai.calc_pos_zyx(corners=False)
         k, length = 2 * math.pi / WAVELENGTH, np.sqrt(x**2 + y**2 + z**2)
-        smooth = lambda qy, qx: 100 + 300 * qy - 200 * qx + 500 * qx * qy  # noqa: E731
+        smooth = lambda qy, qx: 300 + 300 * qy - 200 * qx + 500 * qx * qy  # noqa: E731
         frame = smooth(k * y / length, k * x / length) * prepared._ai.solidAngleArray(SHAPE)
         image = prepared.reduce(frame[None])["image"].isel(exposure=0)
         expected = smooth(image["qy"], image["qx"]).transpose("qy", "qx").values
         known = np.isfinite(image.values)
         assert known.mean() > 0.9
-        np.testing.assert_allclose(image.values[known], expected[known], rtol=2e-3)
+        away = np.abs(image.values / expected - 1)[known]
+        assert np.quantile(away, 0.98) < 1e-3, "but for the edge, which lies within pixels of the grid"
+        assert away.max() < 0.02
 
     def test_masked_and_failing_pixels_do_not_count(self, prepared):
         mask = np.zeros(SHAPE, dtype=bool)
@@ -104,12 +107,15 @@ class TestAnswer:
     def test_a_flat_detector_with_the_beam_off_its_middle_gives_what_the_grid_gives(self, camera, result):
         reader = Icosahedra(load_model(MODEL))
         radius, quaternion = (torch.tensor([getattr(p, name) for p in camera.particles[:5]]) for name in ("radius", "quaternion"))
-        on_grid = reader(reader.simulator(radius, quaternion).numpy())
+        images = reader.simulator(radius, quaternion)
+        on_grid = reader(exposed(images, torch.full((5,), 1e7), torch.Generator().manual_seed(0)).numpy())
         found = result.isel(exposure=slice(5))
-        np.testing.assert_allclose(found["radius"], on_grid["radius"], atol=4.0)
-        np.testing.assert_allclose(found["radius"], radius, atol=6.0)
+        for expected in (on_grid["radius"].values, radius.numpy()):
+            away = np.abs(found["radius"].values - expected)
+            assert np.median(away) < 3.0
+            assert away.max() < 6.0
         for expected in (torch.tensor(on_grid["quaternion"].values), quaternion.double()):
-            assert misorientation(torch.tensor(found["quaternion"].values), expected).max() < 5.0
+            assert misorientation(torch.tensor(found["quaternion"].values), expected).max() < 4.0
 
     def test_a_sphere_is_flagged(self, result):
         assert (result["flags"].values & int(Flag.POOR_FIT)).astype(bool).tolist() == [False] * 5 + [True]
