@@ -154,7 +154,7 @@ def _draw_images(outcome: Outcome, measured: NDArray[np.float64], again: NDArray
         bright = image >= np.nanquantile(image, 0.9)
         scale = np.median(image[bright] / again[number][bright])
         for ax, values in zip(column, (image, scale * again[number]), strict=True):
-            _draw_image(ax, values, float(np.nanmax(image)))
+            _draw_image(ax, values, float(np.nanmax([image, scale * again[number]])))
         what = "sphere" if outcome.spheres[number] else "icosahedron"
         column[0].set_title(f"{what}, {outcome.radii[number]:.1f} nm", fontsize="medium")
         said = f"score {float(outcome.result['score'][number]):.3f}{', flagged' if int(outcome.result['flags'][number]) else ''}"
@@ -172,9 +172,9 @@ def _draw_image(ax: Axes, values: NDArray[np.float64], brightest: float) -> None
 
 def _show(console: Console, outcome: Outcome) -> None:
     """Print what was found beside what was there, and how good it is."""
-    table = Table(title="Single shots: what was there, and what was found")
-    for heading in ("shot", "particle", "true radius / nm", "found / nm", "misorientation / degrees", "score", "flags"):
-        table.add_column(heading, justify="left" if heading in ("particle", "flags") else "right")
+    table = Table(title="Single shots: true radius, what was found, and the misorientation")
+    for heading in ("shot", "particle", "true / nm", "found / nm", "angle / °", "score", "flags"):
+        table.add_column(heading, justify="left" if heading in ("particle", "flags") else "right", no_wrap=True)
     result = outcome.result
     for i, sphere in enumerate(outcome.spheres):
         angle = "" if sphere else f"{outcome.misorientation[i]:.1f} ({result['misorientation_dev'].values[i]:.1f})"
