@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from provenance import provenance
 from scipy.optimize import minimize
 from torch import Tensor
@@ -204,7 +205,7 @@ def _unpacked(x: Any) -> Answer:
     values = torch.tensor(x, dtype=torch.float32)
     half = values[1:4] / 2
     turn = torch.cat([torch.ones(1), half])
-    return Answer(values[:1].exp(), multiply(turn / turn.norm(), values[4:])[None])
+    return Answer(values[:1].exp(), reduced(multiply(turn / turn.norm(), values[4:])[None]))
 
 
 def comparison(reader: Icosahedra, count: int, starts: int, path: Path) -> list[str]:
@@ -250,6 +251,9 @@ def draw_fits(network: Answer, best: Sequence[Answer], truth: Answer, path: Path
         axes.loglog(simulations, found, "o-", ms=3, label="simplexes from random starts")
         axes.axhline(wanted, color="C1", label="network")
         axes.set(xlabel="simulations for one image", ylabel=label)
+        axes.set_xticks([50, 100, 250, 500, 1000, 2500], minor=False)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)
 
@@ -308,7 +312,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="icosahedra", help="a released model, or the folder of one")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--fits", type=int, default=30, help="images that are fitted")
-    parser.add_argument("--starts", type=int, default=12, help="starts of a fit")
+    parser.add_argument("--starts", type=int, default=50, help="starts of a fit")
     arguments = parser.parse_args(words)
     count, fits, starts = (8, 1, 1) if arguments.quick else (arguments.images, arguments.fits, arguments.starts)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -316,7 +320,7 @@ def main(words: Sequence[str] | None = None) -> None:
     case = measured(reader.simulator, drawn(count))
     lines, found = accuracy(reader, case)
     draw(found, case.truth, arguments.output / "icosahedra.png")
-    some, few = case.first(max(4, count // 4)), _first(case.truth, max(4, count // 8))
+    some, few = case.first(max(4, count // 2)), _first(case.truth, max(4, count // 4))
     parts = [
         "# Icosahedra from one image",
         provenance(

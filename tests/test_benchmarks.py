@@ -36,6 +36,16 @@ def test_a_quick_run_writes_a_whole_report(name, samples, tmp_path, monkeypatch)
     assert all(0 < (tmp_path / link).stat().st_size < 150_000 for link in links)
 
 
+def test_a_quick_run_reads_icosahedra(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    importlib.import_module("icosahedra").main(["--quick", "--output", str(tmp_path)])
+    report = (tmp_path / "icosahedra.md").read_text(encoding="utf-8")
+    for row in ("all, eight views", "central hole", "as trained", "averaged with opposite pixels", "network", "1 random start"):
+        assert re.search(rf"^\| {row} \| [0-9.]+ \|", report, re.MULTILINE), row
+    assert "nan" not in report.lower()
+    assert all(0 < (tmp_path / link).stat().st_size < 150_000 for link in re.findall(r"\]\(([^)]+\.png)\)", report))
+
+
 def test_a_quick_run_asks_every_question(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     importlib.import_module("queries").main(["--quick", "--output", str(tmp_path)])

@@ -70,6 +70,7 @@ def test_all_that_is_released_is_intact():
         ("dsnet:2.0.0", "", "released"),
         ("dsnet:2.1.0", "", "released"),
         ("dsnet-paper:1.0.0", "", "released"),
+        ("icosahedra:1.0.0", "", "released"),
     }
 
 
@@ -118,7 +119,7 @@ class TestReferences:
 
     @pytest.mark.parametrize("reference", ["nothing", "dsnet-paper:9.9.9", "", "dsnet-", "nothing:latest"])
     def test_unknown_model_names_the_known_ones_and_what_to_do(self, reference):
-        with pytest.raises(BadInput, match=r"Released models: .*dsnet-paper:1\.0\.0; install another .*models install"):
+        with pytest.raises(BadInput, match=r"Released models: .*dsnet-paper:1\.0\.0, icosahedra:1\.0\.0; install another .*models install"):
             load_model(reference)
 
     def test_unknown_alias_names_the_known_ones_and_what_to_do(self):

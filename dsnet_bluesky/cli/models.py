@@ -25,7 +25,9 @@ REFERENCE_HELP = "NAME (the version in production), NAME:VERSION, NAME:ALIAS, or
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A released model's name (dsnet, dsnet-paper) or a recipe file.")] = "dsnet-paper",
+    recipe: Annotated[
+        str, typer.Argument(help="A released model's name (dsnet, icosahedra ...) or a recipe file.")
+    ] = "dsnet-paper",
     output: Annotated[Path | None, typer.Option(help="Folder of the new model. [dim]Default: its name here[/]")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
 ) -> None:
