@@ -104,7 +104,8 @@ class SymmetryDenoiser:
         xarray.Dataset
             `denoised` (exposure, y, x), expected counts; NaN where neither the pixel nor its mate counts. Per exposure
             `counts_per_pixel`, `chi2_symmetry`, `chi2_rings` (of rings a pixel wide, before any is scaled) and `flags` (sum of
-            `data.Flag`: ASYMMETRIC, BIASED, FEW_COUNTS, OUT_OF_RANGE). Attributes: the model, the pooled chi2 of the symmetry and its error.
+            `data.Flag`: ASYMMETRIC, BIASED, FEW_COUNTS, OUT_OF_RANGE). Attributes: the model, the pooled chi2 of the symmetry
+            and its error.
 
         Raises
         ------
