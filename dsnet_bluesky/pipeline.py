@@ -193,18 +193,45 @@ class Exposed(NamedTuple):
     beam_mask: NDArray | None = None
     beam_poni: Mapping[str, Any] | None = None
 
-    def instrumental(self, config: Config, sector: tuple[float, float] | None = None) -> Instrumental:
-        """Find the beam, and make the reduction and the operator."""
+    def found(self, config: Config) -> Found:
+        """Find the beam.
+
+        Raises
+        ------
+        BadInput
+            If the direct beam shows none that can be used.
+        """
         beam = psf(
             self.beam_frame,
             self.poni if self.beam_poni is None else self.beam_poni,
             mask=self.mask if self.beam_mask is None else self.beam_mask,
             minimum_counts=config.minimum_beam_counts,
         )
-        mask = _with_gaps(self.beam_frame, self.poni, self.mask)
-        poni = centred(self.poni, beam)
+        return Found(beam, centred(self.poni, beam), _with_gaps(self.beam_frame, self.poni, self.mask))
+
+    def instrumental(self, config: Config, sector: tuple[float, float] | None = None) -> Instrumental:
+        """Find the beam, and make the reduction and the operator."""
+        beam, poni, mask = self.found(config)
         reduction = Reduction(poni, mask=mask, bins=config.bins, q_min=config.q_min, q_max=config.q_max, sector=sector)
         return Instrumental(beam, reduction, reduction.smearing(beam, per_bin=config.per_bin, spread=config.wavelength_spread))
+
+
+class Found(NamedTuple):
+    """Where the beam is, and which pixels count.
+
+    Attributes
+    ----------
+    psf
+        The direct beam, see `reduction.psf`.
+    poni
+        Geometry of the samples, with the beam centre where the direct beam is.
+    mask
+        True where a pixel does not count, in the samples' frames or that of the direct beam.
+    """
+
+    psf: xr.Dataset
+    poni: dict[str, Any]
+    mask: NDArray[np.bool_]
 
 
 class PreparedCurves:

@@ -46,10 +46,10 @@ class Orientations:
 
     def __init__(self, reduction: Reduction) -> None:
         ai, shape = integrator(reduction.poni), reduction.mask.shape
-        ring = _rings_of(np.asarray(ai.array_from_unit(shape, "center", "q_nm^-1")), reduction)
+        ring = _rings_of(np.asarray(ai.center_array(shape, "q_nm^-1")), reduction)
         self._inside = ring >= 0
         self._ring, self._rings = ring[self._inside], reduction.q.size
-        chi = np.asarray(ai.chiArray(shape))[self._inside]
+        chi = np.asarray(ai.center_array(shape, "chi_rad"))[self._inside]
         self._basis = np.stack([np.ones_like(chi), np.cos(2 * chi), np.sin(2 * chi)])
         normal = np.array([[self._sums(a * b) for b in self._basis] for a in self._basis]).transpose(2, 0, 1)
         number = normal[:, 0, 0]

@@ -18,18 +18,10 @@ from dsnet_bluesky.sim.anisotropic import AnisotropicScan
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.training.denoiser import DenoiserRecipe, train_denoiser
 from dsnet_bluesky.versions import Model, install_model, load_model
+from tests.denoising import small
 
-NETWORK = DenoiserConfig(channels=(8, 12, 16))
-RECIPE = DenoiserRecipe(steps=500, batch=4, crop=64, held_out=0.25, architecture=NETWORK)
-SCAN = AnisotropicScan.draw(32, "training", 1, shape=(64, 64), centre=(32.0, 32.0))
+NETWORK, RECIPE, SCAN, DOSE = small.NETWORK, small.RECIPE, small.SCAN, small.DOSE
 TEST = AnisotropicScan.draw(6, "test", 1, shape=(64, 64), centre=(32.0, 32.0))
-DOSE = 8.0
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models") / "symmetry-denoiser-1.0.0"
-    return train_denoiser(SCAN.frames(DOSE, 1), directory, centre=SCAN.centre, mask=SCAN.mask, recipe=RECIPE, runs=["abc"])
 
 
 @pytest.fixture(scope="module")
