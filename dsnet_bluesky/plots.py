@@ -289,10 +289,10 @@ def plot_frames(dataset: xr.Dataset, *, most: int = 6, title: str = "") -> Figur
     grid = figure.subplots(1, count, squeeze=False)[0]
     frames = exposures["denoised"].values[chosen]
     scale = LogNorm(max(np.nanquantile(frames, 0.01), 1e-3), np.nanmax(frames))
-    for ax, number, frame in zip(grid, chosen, frames, strict=True):
-        image = ax.imshow(frame, origin="lower", norm=scale, cmap="magma")
+    images = [ax.imshow(frame, origin="lower", norm=scale, cmap="magma") for ax, frame in zip(grid, frames, strict=True)]
+    for ax, number in zip(grid, chosen, strict=True):
         ax.set(xticks=[], yticks=[], title=f"exposure {number + 1}")
-    figure.colorbar(image, ax=grid.tolist(), label="expected counts")
+    figure.colorbar(images[0], ax=grid.tolist(), label="expected counts")
     figure.suptitle(title)
     return figure
 

@@ -75,7 +75,7 @@ class Orientations:
         return np.where(lost, mean[self._ring], frame)
 
     def _sums(self, values: Floats) -> Floats:
-        return np.bincount(self._ring, values, self._rings)
+        return np.bincount(self._ring, values, self._rings).astype(float)
 
 
 def scatter(replicas: Orientation) -> Orientation:

@@ -58,7 +58,7 @@ def halves(counts: NDArray[np.int64], valid: NDArray[np.bool_], *, product_mask:
 
 def paper_loss(network: UNet, source: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of one half predicted from the other, shape (batch, y, x)."""
-    return functional.mse_loss(torch.relu(network(source[:, None])[:, 0]), target)
+    return functional.mse_loss(torch.relu(network(source[:, None])[:, 0].float()), target)
 
 
 @torch.inference_mode()
