@@ -436,14 +436,14 @@ def draw(rows: dict[str, dict[float, list[dict[str, float]]]], path: Path) -> No
 
 
 QUICK = Size(
-    frames=32,
+    frames=40,
     tests=2,
     seeds=1,
     pixels=64,
-    steps=200,
+    steps=400,
     paper_steps=8,
     repeats=6,
-    recipe=DenoiserRecipe(batch=4, crop=64, held_out=0.25, architecture=DenoiserConfig(channels=(8, 12, 16))),
+    recipe=DenoiserRecipe(batch=4, crop=64, held_out=0.4, architecture=DenoiserConfig(channels=(8, 12, 16))),
 )
 
 

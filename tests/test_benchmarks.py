@@ -69,6 +69,7 @@ def test_the_quick_ablation_writes_a_whole_report(tmp_path, monkeypatch):
     assert 0 < (tmp_path / "ablation.png").stat().st_size < 150_000
 
 
+@pytest.mark.slow
 def test_the_quick_denoising_writes_a_whole_report(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     denoise = importlib.import_module("denoise")
