@@ -190,9 +190,9 @@ class Training:
         error = better.std(ddof=1) / math.sqrt(better.size)
         if not better.mean() > SURE * error:
             raise BadInput(
-                f"The network is no better than a Gaussian filter of {width:g} pixels on held-out photons, or not surely: deviance "
-                f"{found.mean():.5f} against {filters[width].mean():.5f}, better by {better.mean() / error:.1f} errors, and "
-                f"{SURE:g} are asked for. It might make frames worse. Train longer (steps), or on more frames or counts, in "
+                f"The network is no better than a Gaussian filter of {width:g} pixels on held-out photons, or not surely: "
+                f"deviance {found.mean():.5f} against {filters[width].mean():.5f}, better by {better.mean() / error:.1f} errors, "
+                f"and {SURE:g} are asked for. It might make frames worse. Train longer (steps), or on more frames or counts, in "
                 "another directory."
             )
         return {
