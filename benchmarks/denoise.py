@@ -2,13 +2,13 @@
 
 Simulated frames of oriented ellipsoids; each network is trained on the noisy frames of one scan and judged on frames of other
 particles (other bands of the radius), whose truth is known. The parameters of filters are tuned on that
-truth, which helps them. Writes Markdown:
+truth, which helps them. Writes Markdown and a figure:
 
-    python benchmarks/denoise.py                      # five seeds, three doses: hours on one thread
-    python benchmarks/denoise.py --seeds 2 --steps 800
+    python benchmarks/denoise.py                      # three doses: an hour on one thread
+    python benchmarks/denoise.py --only symmetry-denoiser --only filters
     python benchmarks/denoise.py --quick              # a smoke test
 
-Each seed and dose is kept as it is done (build/benchmarks/denoise); what is there is not computed again. BM3D joins in if it is
+Each part is kept as it is done (build/benchmarks/denoise); what is there is not computed again. BM3D joins in if it is
 installed (pip install bm3d: free for non-commercial use only).
 """
 
@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from denoise_others import HAS_BM3D, Noise2Void, averaged, bm3ds, chi2, gaussians, medians, tuned
+from denoise_others import HAS_BM3D, SIGMAS, Noise2Void, averaged, bm3d, chi2, gaussians, harmonics, medians
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from provenance import provenance
 
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.denoising import SymmetryDenoiser
+from dsnet_bluesky.denoising.network import DenoiserConfig
 from dsnet_bluesky.denoising.rings import conserve, rings_about
 from dsnet_bluesky.denoising.sectors import bootstrap, integrate
 from dsnet_bluesky.denoising.symmetry import mate
@@ -41,15 +42,16 @@ from dsnet_bluesky.versions import load_model
 Floats = NDArray[np.floating[Any]]
 
 DOSES = (1.0, 3.0, 10.0)
+AGAIN = 3.0
+"""Dose at which a second training shows how much trainings differ."""
+
 CACHE = Path(__file__).parents[1] / "build" / "benchmarks" / "denoise"
 HALF_SECTOR = 10.0
 """Degrees on both sides of a sample's mean axis."""
 
 BINS = 24
-REPEATS = 48
-"""Exposures of one sample whose scatter is the true one."""
 
-OURS, OURS_RAW = "**symmetry denoiser**", "symmetry denoiser, rings not conserved"
+OURS, FREE = "**symmetry denoiser**", "symmetry denoiser, rings not conserved"
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,36 @@ class Size:
     """How much is computed."""
 
     frames: int = 48
-    tests: int = 24
+    tests: int = 8
+    seeds: int = 5
     pixels: int = 128
-    steps: int = 1500
-    paper_steps: int = 500
-    repeats: int = REPEATS
-    paper: bool = True
+    steps: int = 1200
+    paper_steps: int = 150
+    repeats: int = 48
+    recipe: DenoiserRecipe = field(default_factory=DenoiserRecipe)
+
+
+class Part(NamedTuple):
+    """What is computed and kept together."""
+
+    group: str
+    dose: float
+    training: int
+    """Seed of the training."""
+
+
+class Test(NamedTuple):
+    """Frames to judge by."""
+
+    scan: AnisotropicScan
+    seen: NDArray[np.int64]
+    truth: Floats
+    dose: float
+    seed: int
+
+
+Methods = Iterator[tuple[str, Callable[[Test], Floats]]]
+"""Names of methods, and how they denoise the frames of a test."""
 
 
 def scan_of(number: int, split: Any, seed: int, size: Size) -> AnisotropicScan:
@@ -71,91 +97,151 @@ def scan_of(number: int, split: Any, seed: int, size: Size) -> AnisotropicScan:
     return AnisotropicScan.draw(number, split, seed, shape=(size.pixels, size.pixels), centre=(middle, middle))
 
 
-def run(seed: int, dose: float, size: Size) -> dict[str, Any]:
-    """Train and judge at one dose with one seed."""
-    scan, test = scan_of(size.frames, "training", seed, size), scan_of(size.tests, "test", seed, size)
-    counts, seen = scan.frames(dose, 1000 + seed), test.frames(dose, 2000 + seed)
+def tests_of(dose: float, size: Size) -> list[Test]:
+    """Draw the test frames: for each seed other particles and other noise."""
+    scans = [(seed, scan_of(size.tests, "test", seed, size)) for seed in range(1, size.seeds + 1)]
+    return [Test(scan, scan.frames(dose, 2000 + seed), dose * scan.rates, dose, seed) for seed, scan in scans]
+
+
+def training_frames(part: Part, size: Size) -> tuple[AnisotropicScan, NDArray[np.int64]]:
+    """Draw the scan that networks learn from."""
+    scan = scan_of(size.frames, "training", part.training, size)
+    return scan, scan.frames(part.dose, 1000 + part.training)
+
+
+def compute(part: Part, size: Size, folder: Path) -> dict[str, Any]:
+    """Compute a part: gain and bias of each of its methods for each test seed, and how long it took."""
+    tests = tests_of(part.dose, size)
+    rows: dict[str, list[dict[str, float]]] = {}
+    seconds: dict[str, float] = {}
     started = time.perf_counter()
-    denoiser = trained(scan, counts, DenoiserRecipe(seed=seed, steps=size.steps))
-    seconds = time.perf_counter() - started
-    frames, took = answers(denoiser, scan, counts, test, seen, dose, seed, size)
-    truth = dose * test.rates
-    before = chi2(seen, truth, test.mask)
-    rows = {name: judged(found, truth, before, test) for name, found in frames.items()}
+    for name, method in GROUPS[part.group](part, tests, size, folder):
+        rows[name] = [judged(method(test), test) for test in tests]
+        seconds[name] = time.perf_counter() - started
+        started = time.perf_counter()
+    more = about_ours(part, tests, size, folder) if part.group == "symmetry-denoiser" else {}
+    return {"rows": rows, "seconds": seconds, **more}
+
+
+def judged(frames: Floats, test: Test) -> dict[str, float]:
+    """Gain in dB of the mean squared error in units of the Poisson variance, and bias of the sum of all pixels in per cent."""
+    mask = test.scan.mask
+    gain = chi2(test.seen, test.truth, mask) / chi2(frames, test.truth, mask)
     return {
-        "rows": rows,
-        "sectors": sectors(frames[OURS], seen, truth, test),
-        "rings": ring_curves(denoiser, seen, test),
-        "bootstrap": [scatter(denoiser, test, dose, number, seed, size) for number in (0, 1)],
-        "card": denoiser.model.card["figures"],
-        "seconds": {"training": seconds, **took},
+        "gain": 10 * np.log10(gain),
+        "bias": 100 * float(frames[:, ~mask].sum() / test.truth[:, ~mask].sum() - 1),
+        "noise": 100 / float(np.sqrt(test.truth[:, ~mask].sum())),
     }
 
 
-def trained(scan: AnisotropicScan, counts: NDArray, recipe: DenoiserRecipe) -> SymmetryDenoiser:
-    """Train on the frames of a scan."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = train_denoiser(counts, Path(folder) / "model", centre=scan.centre, mask=scan.mask, recipe=recipe)
-        return SymmetryDenoiser(load_model(str(path)))
+def filters(part: Part, tests: list[Test], size: Size, folder: Path) -> Methods:
+    """Give filters of the frames as they are, and of pixels averaged with their mates; the best parameter for each seed."""
+
+    def best(test: Test, candidates: Any) -> Floats:
+        return min(candidates, key=lambda frames: chi2(frames, test.truth, test.scan.mask))
+
+    yield "Gaussian", lambda test: best(test, gaussians(test.seen, test.scan.mask))
+    yield "median", lambda test: best(test, medians(test.seen, test.scan.mask))
+    yield "symmetry average alone", lambda test: averaged(test.seen, test.scan.mask)
+    yield "symmetry average + Gaussian", lambda test: best(test, gaussians(averaged(test.seen, test.scan.mask), test.scan.mask))
+    yield "symmetry average + median", lambda test: best(test, medians(averaged(test.seen, test.scan.mask), test.scan.mask))
+    yield "even harmonics of each ring", lambda test: best(test, harmonics(test.seen, test.scan.mask))
 
 
-def answers(
-    denoiser: SymmetryDenoiser,
-    scan: AnisotropicScan,
-    counts: NDArray,
-    test: AnisotropicScan,
-    seen: NDArray,
-    dose: float,
-    seed: int,
-    size: Size,
-) -> tuple[dict[str, Floats], dict[str, float]]:
-    """Denoise the test frames by every method; and how long that took, networks trained, in s."""
-    found: dict[str, Floats] = {}
-    took: dict[str, float] = {}
+def bm3ds(part: Part, tests: list[Test], size: Size, folder: Path) -> Methods:
+    """Give BM3D; the noise it is told is the best on the truth of the first seed."""
+    if not HAS_BM3D:
+        return
+    answers: dict[int, Floats] = {}
 
-    def add(name: str, compute: Callable[[], Floats]) -> None:
-        started = time.perf_counter()
-        found[name] = compute()
-        took[name] = time.perf_counter() - started
+    def filtered(readings: int, sigma: float, test: Test) -> Floats:
+        frames = test.seen if readings == 1 else averaged(test.seen, test.scan.mask)
+        return bm3d(frames, test.scan.mask, readings, sigma)
 
-    def ours(network: SymmetryDenoiser, conserving: bool) -> Floats:
-        return network(seen, test.centre, test.mask, conserving=conserving)["denoised"].fillna(0).values
+    for readings, name in ((1, "BM3D"), (2, "symmetry average + BM3D")):
+        first = tests[0]
+        sigma = min(SIGMAS, key=lambda s, r=readings: chi2(filtered(r, s, first), first.truth, first.scan.mask))
 
-    filters(add, test, seen, dose)
-    add("Noise2Void", lambda: Noise2Void(counts, scan.mask, size.steps, seed, schedule)(seen))
-    add("Noise2Void + symmetry average", lambda: (found["Noise2Void"] + mate(found["Noise2Void"])) / 2)
-    for product in (True, False) if size.paper else ():
-        label = f"published algorithm, {'product' if product else 'geometric'} mask"
-        recipe = DenoiserRecipe.of("paper", seed=seed, steps=size.paper_steps)
+        def kept(test: Test, readings: int = readings, sigma: float = sigma) -> Floats:
+            answers[test.seed] = filtered(readings, sigma, test)
+            return answers[test.seed]
+
+        yield name, kept
+    yield "symmetry average + BM3D, ring-conserving", lambda test: conserve(answers[test.seed], test.seen, rings_of(test))
+
+
+def rings_of(test: Test) -> NDArray[np.int64]:
+    """Number the rings that are conserved by default."""
+    return rings_about(test.scan.centre, test.scan.shape, test.scan.mask)
+
+
+def noise2void(part: Part, tests: list[Test], size: Size, folder: Path) -> Methods:
+    """Give Noise2Void, alone and averaged over mates."""
+    scan, counts = training_frames(part, size)
+    network = Noise2Void(counts, scan.mask, size.steps, part.training, schedule)
+    answers: dict[int, Floats] = {}
+
+    def kept(test: Test) -> Floats:
+        answers[test.seed] = network(test.seen)
+        return answers[test.seed]
+
+    yield "Noise2Void", kept
+    yield "Noise2Void + symmetry average", lambda test: (answers[test.seed] + mate(answers[test.seed])) / 2
+
+
+def published(part: Part, tests: list[Test], size: Size, folder: Path) -> Methods:
+    """Give the published algorithm with a geometric mask, and at one dose with its own."""
+    for product in (False, True) if part.dose == AGAIN else (False,):
+        recipe = DenoiserRecipe.of("paper", seed=part.training, steps=size.paper_steps)
         recipe = replace(recipe, architecture=replace(recipe.architecture, product_mask=product))
-        add(label, lambda recipe=recipe: ours(trained(scan, counts, recipe), False))
-    add(OURS_RAW, lambda: ours(denoiser, False))
-    add(OURS, lambda: ours(denoiser, True))
-    return found, took
+        name = f"published algorithm, {'product' if product else 'geometric'} mask"
+        network = trained(part, recipe, size, folder / f"paper-{product:d}-{part.dose:g}-{part.training}")
+        yield name, lambda test, network=network: ours(network, test, conserving=False)
 
 
-def filters(add: Callable[[str, Callable[[], Floats]], None], test: AnisotropicScan, seen: NDArray, dose: float) -> None:
-    """Add the filters, tuned on the truth, of the frames as they are and of pixels averaged with their mates."""
-    truth, mask, both = dose * test.rates, test.mask, averaged(seen, test.mask)
-    add("symmetry average alone", lambda: both)
-    for frames, label, readings in ((seen, "", 1), (both, "symmetry average + ", 2)):
-        add(f"{label}Gaussian", lambda f=frames: tuned(gaussians(f, mask), truth, mask))
-        add(f"{label}median", lambda f=frames: tuned(medians(f, mask), truth, mask))
-        if HAS_BM3D:
-            add(f"{label}BM3D", lambda f=frames, r=readings: tuned(bm3ds(f, mask, r), truth, mask))
-    best, name = (bm3ds, "BM3D") if HAS_BM3D else (gaussians, "Gaussian")
-    rings = rings_about(test.centre, test.shape, mask)
-    options = {"readings": 2} if HAS_BM3D else {}
-    candidates = lambda: (conserve(f, seen, rings) for f in best(both, mask, **options))  # noqa: E731
-    add(f"symmetry average + {name}, ring-conserving", lambda: tuned(candidates(), truth, mask))
+def symmetry(part: Part, tests: list[Test], size: Size, folder: Path) -> Methods:
+    """Give our denoiser."""
+    network = our_network(part, size, folder)
+    yield FREE, lambda test: ours(network, test, conserving=False)
+    yield OURS, lambda test: ours(network, test, conserving=True)
 
 
-def judged(frames: Floats, truth: Floats, before: float, test: AnisotropicScan) -> dict[str, float]:
-    """Gain in dB of the mean squared error in units of the Poisson variance, and bias of the whole in per cent."""
-    kept = ~test.mask
+GROUPS: dict[str, Callable[[Part, list[Test], Size, Path], Methods]] = {
+    "symmetry-denoiser": symmetry,
+    "filters": filters,
+    "bm3d": bm3ds,
+    "noise2void": noise2void,
+    "published": published,
+}
+
+
+def our_network(part: Part, size: Size, folder: Path) -> SymmetryDenoiser:
+    """Train our denoiser."""
+    recipe = replace(size.recipe, seed=part.training, steps=size.steps)
+    return trained(part, recipe, size, folder / f"ours-{part.dose:g}-{part.training}-{size.steps}-{size.pixels}")
+
+
+def trained(part: Part, recipe: DenoiserRecipe, size: Size, folder: Path) -> SymmetryDenoiser:
+    """Train on the frames of a scan, unless that is done."""
+    if not (folder / "model.toml").exists():
+        scan, counts = training_frames(part, size)
+        train_denoiser(counts, folder, centre=scan.centre, mask=scan.mask, recipe=recipe)
+    return SymmetryDenoiser(load_model(str(folder)))
+
+
+def ours(network: SymmetryDenoiser, test: Test, *, conserving: bool) -> Floats:
+    """Denoise with a model."""
+    return network(test.seen, test.scan.centre, test.scan.mask, conserving=conserving)["denoised"].fillna(0).values
+
+
+def about_ours(part: Part, tests: list[Test], size: Size, folder: Path) -> dict[str, Any]:
+    """Judge what only ours promises: sectors, full rings, errors."""
+    network = our_network(part, size, folder)
     return {
-        "gain": 10 * np.log10(before / chi2(frames, truth, test.mask)),
-        "bias": 100 * float(frames[:, kept].sum() / truth[:, kept].sum() - 1),
+        "sectors": [sectors(ours(network, test, conserving=True), test) for test in tests],
+        "rings": max(ring_curves(network, test) for test in tests),
+        "bootstrap": [scatter(network, test, number, size) for test in tests for number in (0, 1)],
+        "card": network.model.card["figures"],
     }
 
 
@@ -166,42 +252,36 @@ def sector_of(test: AnisotropicScan, number: int) -> Reduction:
     return Reduction(test.poni, mask=test.mask, bins=BINS, sector=ends, q_max=0.95 * test.shape[0] / 128)
 
 
-def sectors(denoised: Floats, seen: NDArray, truth: Floats, test: AnisotropicScan) -> dict[str, float]:
-    """Root mean square of the relative error of sector curves in per cent."""
-    found: dict[str, list[Floats]] = {"raw": [], "raw, both opposite sectors": [], "denoised": [], "bias": []}
-    for number in range(len(seen)):
-        reduction = sector_of(test, number)
-        exact = integrate(truth[number], reduction)[0]
-        raw, opposite, ours = (
-            integrate(frame, reduction)[0] for frame in (seen[number], (seen[number] + mate(seen[number])) / 2, denoised[number])
-        )
-        found["raw"].append(raw / exact - 1)
-        found["raw, both opposite sectors"].append(opposite / exact - 1)
-        found["denoised"].append(ours / exact - 1)
-    rms = {name: 100 * float(np.sqrt(np.mean(np.concatenate(rest) ** 2))) for name, rest in found.items() if rest}
+def sectors(denoised: Floats, test: Test) -> dict[str, float]:
+    """Root mean square of the relative error of sector curves in per cent, and the mean."""
+    found: dict[str, list[Floats]] = {"raw": [], "raw, both opposite sectors": [], "denoised": []}
+    for number, seen in enumerate(test.seen):
+        reduction = sector_of(test.scan, number)
+        stack = np.stack([test.truth[number], seen, (seen + mate(seen)) / 2, denoised[number]])
+        exact, *curves = integrate(stack, reduction)
+        for name, I in zip(found, curves, strict=True):
+            found[name].append(I / exact - 1)
+    rms = {name: 100 * float(np.sqrt(np.mean(np.concatenate(rest) ** 2))) for name, rest in found.items()}
     return {**rms, "mean of denoised": 100 * float(np.mean(np.concatenate(found["denoised"])))}
 
 
-def ring_curves(denoiser: SymmetryDenoiser, seen: NDArray, test: AnisotropicScan) -> float:
+def ring_curves(network: SymmetryDenoiser, test: Test) -> float:
     """Largest relative difference of full-ring curves, denoised and raw, where the rings are the reduction's."""
-    reduction = Reduction(test.poni, mask=test.mask, bins=60)
-    denoised = denoiser(seen, test.centre, test.mask, rings=reduction.bins)["denoised"].values
-    raw, ours = integrate(seen, reduction), integrate(denoised, reduction)
-    return float(np.max(np.abs(ours - raw) / np.maximum(raw, raw[raw > 0].min())))
+    reduction = Reduction(test.scan.poni, mask=test.scan.mask, bins=60)
+    denoised = network(test.seen, test.scan.centre, test.scan.mask, rings=reduction.bins)["denoised"].values
+    raw, found = integrate(test.seen, reduction), integrate(denoised, reduction)
+    return float(np.max(np.abs(found - raw) / np.maximum(raw, raw[raw > 0].min())))
 
 
-def scatter(
-    denoiser: SymmetryDenoiser, test: AnisotropicScan, dose: float, number: int, seed: int, size: Size
-) -> dict[str, float]:
+def scatter(network: SymmetryDenoiser, test: Test, number: int, size: Size) -> dict[str, float]:
     """Compare the bootstrap's errors of a sector curve with the scatter of repeated exposures."""
-    reduction = sector_of(test, number)
-    truth = dose * test.rates[number]
-    frames = np.random.default_rng([seed, number]).poisson(truth, (size.repeats, *truth.shape))
-    curves = integrate(denoiser(frames, test.centre, test.mask, test=False)["denoised"].values, reduction)
+    scan, reduction, truth = test.scan, sector_of(test.scan, number), test.truth[number]
+    frames = np.random.default_rng([test.seed, number]).poisson(truth, (size.repeats, *truth.shape))
+    curves = integrate(network(frames, scan.centre, scan.mask, test=False)["denoised"].values, reduction)
     sd = curves.std(axis=0, ddof=1)
-    found = [bootstrap(denoiser, frame, reduction, test.centre, test.mask, seed=k) for k, frame in enumerate(frames[:2])]
+    found = [bootstrap(network, frames[k], reduction, scan.centre, scan.mask, seed=k, test=False) for k in (0, 1)]
     ratios = [each.curve["Idev"].values / sd for each in found]
-    exact = integrate(truth, reduction)[0]
+    exact = integrate(truth[None], reduction)[0]
     neighbours = [np.mean(np.diag(np.corrcoef(c.T), 1)) for c in (curves, np.concatenate([f.replicas for f in found]))]
     return {
         "ratio": float(np.exp(np.mean(np.log(ratios)))),
@@ -212,143 +292,191 @@ def scatter(
     }
 
 
+Results = dict[Part, dict[str, Any]]
+
+
+def parts_of(doses: Sequence[float], groups: Sequence[str]) -> list[Part]:
+    """List what is to be computed, what says most first."""
+    parts = [Part(group, dose, 1) for group in GROUPS for dose in doses if group in groups]
+    again = [Part("symmetry-denoiser", AGAIN, 2)] if AGAIN in doses and "symmetry-denoiser" in groups else []
+    return sorted(parts + again, key=lambda part: (list(GROUPS).index(part.group), part.training))
+
+
 def mean_of(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and standard deviation over seeds where there are several."""
+    """Mean, and standard deviation where there are several."""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def report(results: dict[float, dict[int, dict[str, Any]]], size: Size, command: str) -> str:
+def rows_of(results: Results) -> dict[str, dict[float, list[dict[str, float]]]]:
+    """Collect what was judged, by method and dose; a second training is a row of its own."""
+    rows: dict[str, dict[float, list[dict[str, float]]]] = {}
+    for part, found in results.items():
+        for name, judgements in found["rows"].items():
+            label = name if part.training == 1 else f"{name.replace('*', '')}, another training"
+            rows.setdefault(label, {})[part.dose] = judgements
+    return rows
+
+
+def report(results: Results, size: Size, command: str) -> str:
     """Compose the report."""
-    doses = sorted(results)
-    head = " | ".join(f"{dose:g} photons: gain, dB | bias, %" for dose in doses)
-    lines = [f"| | {head} |", "|---" * (1 + 2 * len(doses)) + "|"]
-    for name in next(iter(results[doses[-1]].values()))["rows"]:
-        cells = []
-        for dose in doses:
-            rows = [each["rows"][name] for each in results[dose].values() if name in each["rows"]]
-            cells += [
-                mean_of([row["gain"] for row in rows]) if rows else "",
-                mean_of([row["bias"] for row in rows]) if rows else "",
-            ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    seeds = ", ".join(f"{dose:g}: {len(results[dose])}" for dose in doses)
     return "\n\n".join(
         [
             "# Denoising by symmetry",
             provenance(command, ("dsnet-bluesky", "torch", "numpy", "scipy")),
-            PROTOCOL.format(seeds=seeds, **vars(size), bm3d="" if HAS_BM3D else " BM3D was not installed."),
-            "\n".join(lines),
+            PROTOCOL.format(**vars(size), bm3d="" if HAS_BM3D else " BM3D was not installed."),
+            "![Gain of each method](denoise.png)",
+            gain_table(rows_of(results)),
             "## Sector curves\n\n" + sector_table(results),
-            "## Errors by the bootstrap\n\n" + bootstrap_table(results),
+            "## Errors by the bootstrap\n\n" + bootstrap_table(results, size),
             "## Full rings\n\n" + ring_words(results),
-            "## Time\n\n" + time_words(results),
+            "## Time\n\n" + time_table(results),
         ]
     )
 
 
 PROTOCOL = """\
-{frames} frames of {pixels} x {pixels} pixels to train on, {tests} of other particles to judge; seeds at each dose (photons a
-pixel): {seeds}. Gain: mean squared error in units of the Poisson variance, raw over denoised. Bias: of the sum of all
-pixels. ± is the standard deviation over seeds. Filters have the parameter that is best on the truth.{bm3d} Our training and
-Noise2Void's: {steps} steps of 16 pieces of 64 x 64; the published algorithm's: {paper_steps} steps of 8 halves (2.29 million
-parameters, architecture inferred)."""
+{frames} frames of {pixels} x {pixels} pixels to train on, one training a dose (photons a pixel); to judge, {tests} frames of
+other particles in each of {seeds} seeds, which differ in particles and noise. Gain: mean squared error in units of the Poisson
+variance, raw over denoised. Bias: of the sum of all pixels; the photons themselves scatter by what the row raw says. ± is
+the standard deviation over these seeds. Filters have the parameter that is best on the truth, for each seed; BM3D for the
+first.{bm3d} Our training and Noise2Void's: {steps} steps of 8 pieces of 96 x 96; the published algorithm's: {paper_steps} steps
+of 8 halves (2.29 million parameters, architecture inferred)."""
 
 
-def sector_table(results: dict[float, dict[int, dict[str, Any]]]) -> str:
+def gain_table(rows: dict[str, dict[float, list[dict[str, float]]]]) -> str:
+    """Lay out gain and bias."""
+    doses = sorted({dose for found in rows.values() for dose in found})
+    head = " | ".join(f"{dose:g} photons: gain, dB | bias, %" for dose in doses)
+    lines = [f"| | {head} |", "|---" * (1 + 2 * len(doses)) + "|"]
+    noise = {dose: [row["noise"] for row in found] for each in rows.values() for dose, found in each.items()}
+    lines.append(f"| raw | {' | '.join(f'0 | ± {np.mean(noise[dose]):.2f}' for dose in doses)} |")
+    for name, found in rows.items():
+        cells = [mean_of([row[key] for row in found[d]]) if d in found else "" for d in doses for key in ("gain", "bias")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sector_table(results: Results) -> str:
     """Lay out the errors of sector curves."""
     names = ("raw", "raw, both opposite sectors", "denoised", "mean of denoised")
     lines = [f"| photons a pixel | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for dose, seeds in sorted(results.items()):
-        cells = [mean_of([each["sectors"][name] for each in seeds.values()]) for name in names]
-        lines.append(f"| {dose:g} | {' | '.join(cells)} |")
+    for part, found in _ours_of(results):
+        cells = [mean_of([each[name] for each in found["sectors"]]) for name in names]
+        lines.append(f"| {_dose_of(part)} | {' | '.join(cells)} |")
     return (
         f"Relative error in per cent, root mean square over {BINS} bins of {2 * HALF_SECTOR:g} degrees along the axis of each "
-        "test frame, ring-conserving; last, its mean (bias).\n\n" + "\n".join(lines)
+        "test frame, rings conserved; last, its mean (bias).\n\n" + "\n".join(lines)
     )
 
 
-def bootstrap_table(results: dict[float, dict[int, dict[str, Any]]]) -> str:
+def bootstrap_table(results: Results, size: Size) -> str:
     """Lay out what the bootstrap says against what is."""
     lines = [
         "| photons a pixel | sd of the bootstrap over the true one | its scatter (ln) | bias in true sd | "
         "correlation of neighbours, true | of the bootstrap |",
         "|---" * 6 + "|",
     ]
-    for dose, seeds in sorted(results.items()):
-        all_of = [row for each in seeds.values() for row in each["bootstrap"]]
+    for part, found in _ours_of(results):
         keys = ("ratio", "spread", "bias", "correlation", "correlation_bootstrap")
-        lines.append(f"| {dose:g} | {' | '.join(mean_of([row[key] for row in all_of]) for key in keys)} |")
+        cells = [mean_of([row[key] for row in found["bootstrap"]]) for key in keys]
+        lines.append(f"| {_dose_of(part)} | {' | '.join(cells)} |")
     return (
-        f"32 replicas against {REPEATS} exposures of one sample, two samples a seed, two bootstraps each. 32 replicas and "
-        f"{REPEATS} exposures alone make the ratio of one bin scatter by 0.16. Bias: what the bootstrap cannot see.\n\n"
-        + "\n".join(lines)
+        f"32 replicas against {size.repeats} exposures of one sample, two samples a seed, two bootstraps each; ± is the standard "
+        f"deviation over samples. 32 replicas and {size.repeats} exposures alone make the ratio of one bin scatter by 0.16. "
+        "Bias: what the bootstrap cannot see.\n\n" + "\n".join(lines)
     )
 
 
-def ring_words(results: dict[float, dict[int, dict[str, Any]]]) -> str:
+def _ours_of(results: Results) -> list[tuple[Part, dict[str, Any]]]:
+    return [(part, found) for part, found in sorted(results.items(), key=lambda item: item[0][1:]) if "sectors" in found]
+
+
+def _dose_of(part: Part) -> str:
+    return f"{part.dose:g}" + ("" if part.training == 1 else ", another training")
+
+
+def ring_words(results: Results) -> str:
     """Say how far ring curves differ."""
-    most = max(each["rings"] for seeds in results.values() for each in seeds.values())
+    most = max((found["rings"] for _, found in _ours_of(results)), default=np.nan)
     return f"Largest relative difference between full-ring curves of denoised and raw frames, rings of the reduction: {most:.1e}."
 
 
-def time_words(results: dict[float, dict[int, dict[str, Any]]]) -> str:
+def time_table(results: Results) -> str:
     """Say how long it took."""
-    names = [name for name in next(iter(next(iter(results.values())).values()))["seconds"] if "average" not in name]
-    lines = []
-    for name in names:
-        values = [each["seconds"][name] for seeds in results.values() for each in seeds.values() if name in each["seconds"]]
-        lines.append(f"| {name} | {np.mean(values):.1f} |")
+    seconds: dict[str, list[float]] = {}
+    for found in results.values():
+        for name, value in found["seconds"].items():
+            seconds.setdefault(name, []).append(value)
+    lines = [f"| {name} | {np.mean(values):.0f} |" for name, values in seconds.items()]
     return (
-        "Training where there is one, and all test frames, in s on a machine with other work.\n\n| | s |\n|---|---|\n"
-        + "\n".join(lines)
+        "Training where there is one, and all test frames of a dose, in s, mean over doses, on one thread of a machine with "
+        "other work; of filters with the search for the parameter.\n\n| | s |\n|---|---|\n" + "\n".join(lines)
     )
 
 
+def draw(rows: dict[str, dict[float, list[dict[str, float]]]], path: Path) -> None:
+    """Draw the gain of each method over dose."""
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, found) in enumerate(rows.items()):
+        doses = sorted(found)
+        gains = [np.mean([row["gain"] for row in found[dose]]) for dose in doses]
+        errors = [np.std([row["gain"] for row in found[dose]]) for dose in doses]
+        mine = "symmetry denoiser" in name
+        style = {"color": f"C{number % 10}", "lw": 2.2 if mine else 1.0, "marker": "os^Dv"[number % 5], "ms": 6 if mine else 4}
+        style["ls"] = "-" if number < 10 else "--"
+        axes.errorbar(doses, gains, errors, label=name.replace("*", ""), **style)  # type: ignore[arg-type]
+    axes.set(xlabel="photons a pixel", ylabel="gain / dB", xscale="log")
+    axes.set_xticks(DOSES, [f"{dose:g}" for dose in DOSES])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right", frameon=False, fontsize=7)  # pyright: ignore[reportArgumentType]
+    figure.savefig(path, dpi=130)
+
+
+QUICK = Size(
+    frames=40,
+    tests=2,
+    seeds=1,
+    pixels=64,
+    steps=400,
+    paper_steps=8,
+    repeats=6,
+    recipe=DenoiserRecipe(batch=4, crop=64, held_out=0.4, architecture=DenoiserConfig(channels=(8, 12, 16))),
+)
+
+
 def main(words: Sequence[str] | None = None) -> None:
-    """Run what is not there yet and write the report."""
+    """Compute what is not there yet and write the report."""
     parser = argparse.ArgumentParser(description="Denoising of weak anisotropic frames by symmetry.")
-    parser.add_argument("--quick", action="store_true", help="smoke test: one seed and dose, small frames, few steps")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds at each dose")
-    parser.add_argument("--steps", type=int, default=Size.steps, help="of our training and of Noise2Void's")
-    parser.add_argument("--paper-seeds", type=int, default=5, help="seeds with the published algorithm, which is slow")
+    parser.add_argument("--quick", action="store_true", help="smoke test: one dose, few small frames, a small network")
+    parser.add_argument("--only", action="append", choices=list(GROUPS), help="methods to compute; repeatable; all if not given")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where finished parts are kept")
     arguments = parser.parse_args(words)
     for folder in (arguments.output, arguments.cache):
         folder.mkdir(parents=True, exist_ok=True)
-    size = replace(Size(), steps=arguments.steps)
-    doses, seeds = DOSES, arguments.seeds
-    if arguments.quick:
-        size, doses, seeds = Size(frames=12, tests=4, pixels=64, steps=100, paper_steps=8, repeats=6), DOSES[-1:], 1
-    results: dict[float, dict[int, dict[str, Any]]] = {}
-    for seed in range(1, seeds + 1):
-        for dose in doses:
-            here = replace(size, paper=seed <= arguments.paper_seeds)
-            results.setdefault(dose, {})[seed] = kept(arguments.cache, seed, dose, here)
-            command = " ".join(["python benchmarks/denoise.py", *(words_of(arguments))])
-            (arguments.output / "denoise.md").write_text(report(results, size, command) + "\n", encoding="utf-8")
-            print(seed, dose, {name: round(row["gain"], 2) for name, row in results[dose][seed]["rows"].items()}, flush=True)
+    size, doses = (QUICK, DOSES[-1:]) if arguments.quick else (Size(), DOSES)
+    chosen = arguments.only or list(GROUPS)
+    command = "python benchmarks/denoise.py" + (" --quick" if arguments.quick else "")
+    results: Results = {}
+    for part in parts_of(doses, chosen):
+        results[part] = kept(arguments.cache, part, size)
+        (arguments.output / "denoise.md").write_text(report(results, size, command) + "\n", encoding="utf-8")
+        draw(rows_of(results), arguments.output / "denoise.png")
+        means = {name: round(float(np.mean([r["gain"] for r in rows])), 2) for name, rows in results[part]["rows"].items()}
+        print(*part, means, flush=True)
 
 
-def words_of(arguments: argparse.Namespace) -> list[str]:
-    """Give the options that change what is computed."""
-    if arguments.quick:
-        return ["--quick"]
-    named = {"seeds": 5, "steps": Size.steps, "paper_seeds": 5}
-    return [
-        f"--{name.replace('_', '-')} {value}" for name, usual in named.items() if (value := getattr(arguments, name)) != usual
-    ]
-
-
-def kept(cache: Path, seed: int, dose: float, size: Size) -> dict[str, Any]:
+def kept(cache: Path, part: Part, size: Size) -> dict[str, Any]:
     """Compute a part, unless it is there."""
-    path = cache / f"{dose:g}-{seed}-{size.steps}-{size.pixels}.json"
+    path = cache / f"{part.group}-{part.dose:g}-{part.training}-{size.steps}-{size.pixels}.json"
     if not path.exists():
         try:
-            found = run(seed, dose, size)
+            found = compute(part, size, cache)
         except BadInput as error:
-            raise SystemExit(f"seed {seed}, {dose:g} photons: {error}") from error
+            raise SystemExit(f"{part.group}, {part.dose:g} photons: {error}") from error
         path.write_text(json.dumps(found), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 

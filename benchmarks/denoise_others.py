@@ -11,9 +11,12 @@ import scipy.ndimage
 import torch
 from numpy.typing import NDArray
 
-from dsnet_bluesky.denoising.likelihood import FLIPS, expected
+from dsnet_bluesky.denoising.harmonics import RingHarmonics
+from dsnet_bluesky.denoising.likelihood import FLIPS, expected, nearby
+from dsnet_bluesky.denoising.likelihood import WIDTHS as SMOOTH
 from dsnet_bluesky.denoising.network import DenoiserConfig, UNet
 from dsnet_bluesky.denoising.symmetry import fold
+from dsnet_bluesky.network import has_bfloat16
 
 Floats = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
@@ -23,7 +26,7 @@ HAS_BM3D = importlib.util.find_spec("bm3d") is not None
 
 WIDTHS = (0.7, 1.0, 1.4, 1.8, 2.2, 2.8, 3.5, 4.5)
 SIZES = (3, 5, 7, 9, 11)
-SIGMAS = (1.0, 1.3)
+SIGMAS = (1.0, 1.3, 1.6)
 """Noise that BM3D is told, in units of the Anscombe transform's."""
 
 BLIND = 0.04
@@ -61,18 +64,25 @@ def medians(frames: NDArray, mask: Mask) -> Iterable[Floats]:
         yield scipy.ndimage.median_filter(filled, (1, size, size))
 
 
-def bm3ds(frames: NDArray, mask: Mask, readings: int) -> Iterable[Floats]:
+def harmonics(counts: NDArray, mask: Mask) -> Iterable[Floats]:
+    """Fit each ring of centred frames by even harmonics: what our network is shown, without the network."""
+    folded = fold(counts, ~mask)
+    weight, photons = (torch.as_tensor(part, dtype=torch.float32) for part in (folded.readings / 2, folded.counts))
+    for most in range(0, 10, 2):
+        yield RingHarmonics(weight, range(2, most + 1, 2))(photons).double().numpy() / 2
+
+
+def bm3d(frames: NDArray, mask: Mask, readings: int, sigma: float) -> Floats:
     """Filter with BM3D behind the Anscombe transform of the sum of one or two readings, its inverse exact.
 
     M. Makitalo, A. Foi, IEEE Trans. Image Process. 20 (2011) 2697, doi:10.1109/TIP.2011.2121085, eq. 19.
     """
-    import bm3d  # pyright: ignore[reportMissingImports]
+    from bm3d import bm3d as filtered  # pyright: ignore[reportMissingImports]
 
     transformed = 2 * np.sqrt(_filled(frames, mask) * readings + 3 / 8)
-    for sigma in SIGMAS:
-        D = np.maximum(np.stack([bm3d.bm3d(frame, sigma) for frame in transformed]), 2 * np.sqrt(3 / 8))
-        root = np.sqrt(1.5)
-        yield np.maximum(D**2 / 4 + root / (4 * D) - 11 / (8 * D**2) + 5 * root / (8 * D**3) - 1 / 8, 0.0) / readings
+    D = np.maximum(np.stack([filtered(frame, sigma) for frame in transformed]), 2 * np.sqrt(3 / 8))
+    root = np.sqrt(1.5)
+    return np.maximum(D**2 / 4 + root / (4 * D) - 11 / (8 * D**2) + 5 * root / (8 * D**3) - 1 / 8, 0.0) / readings
 
 
 def _filled(frames: NDArray, mask: Mask) -> Floats:
@@ -93,10 +103,10 @@ class Noise2Void:
     """
 
     def __init__(self, counts: NDArray, mask: Mask, steps: int, seed: int, schedule: Callable[[float], float]) -> None:
-        self.readings = 2.0 * torch.as_tensor(~mask, dtype=torch.float32)
+        self.weight = torch.as_tensor(~mask, dtype=torch.float32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = UNet(DenoiserConfig())
+            self.network = UNet(DenoiserConfig(inputs=2 + len(SMOOTH), outputs=1 + len(SMOOTH)))
         optimizer = torch.optim.Adam(self.network.parameters(), lr=3e-3)
         kept = np.where(mask, 0, counts)
         for step in range(1, steps + 1):
@@ -104,9 +114,10 @@ class Noise2Void:
             value = self._loss(kept, mask, np.random.default_rng([seed, step]))
             optimizer.zero_grad()
             value.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             optimizer.step()
 
-    def _loss(self, counts: NDArray, mask: Mask, rng: np.random.Generator, crop: int = 64, batch: int = 16) -> torch.Tensor:
+    def _loss(self, counts: NDArray, mask: Mask, rng: np.random.Generator, crop: int = 96, batch: int = 8) -> torch.Tensor:
         pieces, valid = [], []
         for number in rng.integers(0, len(counts), batch):
             y, x = (int(rng.integers(0, n - min(crop, n) + 1)) for n in mask.shape)
@@ -117,7 +128,8 @@ class Noise2Void:
         blind = (rng.random(target.shape) < BLIND) & readings
         shown = np.where(blind, _strangers(target, rng), target)
         shown, target, weight = (torch.as_tensor(part.astype(np.float32)) for part in (shown, target, readings))
-        mean = expected(self.network, shown, 2 * weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16("cpu")):
+            mean = expected(self.network, nearby(shown, weight))
         chosen = torch.as_tensor(blind)
         return (mean - torch.xlogy(target, mean))[chosen].mean()
 
@@ -126,9 +138,8 @@ class Noise2Void:
         """Denoise frames, shape (exposure, y, x)."""
         answers = []
         for frame in counts:
-            image = torch.as_tensor(frame.astype(np.float32))[None] * (self.readings > 0)
-            readings = self.readings[None]
-            flipped = [expected(self.network, image.flip(axes), readings.flip(axes)).flip(axes) for axes in FLIPS]
+            views = nearby(torch.as_tensor(frame.astype(np.float32))[None] * self.weight, self.weight)
+            flipped = [expected(self.network, views.flip(axes)).flip(axes) for axes in FLIPS]
             answers.append(torch.stack(flipped).mean(dim=0)[0].double().numpy())
         return np.stack(answers)
 

@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
+from .data import BadInput
 from .desmearing import LEARNED, check_options, prepare, settled
 from .kinds import FRAME_MODELS, Kind, kind_of
 from .reduction import MINIMUM_BEAM_COUNTS, Reduction, centred, invalid_pixels, psf
@@ -27,6 +28,7 @@ from .smearing import Smearing
 from .versions import Model, load_model
 
 if TYPE_CHECKING:
+    from .denoising.exposures import PreparedPatterns
     from .icosahedra.exposures import PreparedImages
 
 __all__ = ["Config", "Exposed", "Instrumental", "PreparedCurves", "PreparedExposures", "prepare_exposures", "without_model"]
@@ -191,18 +193,45 @@ class Exposed(NamedTuple):
     beam_mask: NDArray | None = None
     beam_poni: Mapping[str, Any] | None = None
 
-    def instrumental(self, config: Config, sector: tuple[float, float] | None = None) -> Instrumental:
-        """Find the beam, and make the reduction and the operator."""
+    def found(self, config: Config) -> Found:
+        """Find the beam.
+
+        Raises
+        ------
+        BadInput
+            If the direct beam shows none that can be used.
+        """
         beam = psf(
             self.beam_frame,
             self.poni if self.beam_poni is None else self.beam_poni,
             mask=self.mask if self.beam_mask is None else self.beam_mask,
             minimum_counts=config.minimum_beam_counts,
         )
-        mask = _with_gaps(self.beam_frame, self.poni, self.mask)
-        poni = centred(self.poni, beam)
+        return Found(beam, centred(self.poni, beam), _with_gaps(self.beam_frame, self.poni, self.mask))
+
+    def instrumental(self, config: Config, sector: tuple[float, float] | None = None) -> Instrumental:
+        """Find the beam, and make the reduction and the operator."""
+        beam, poni, mask = self.found(config)
         reduction = Reduction(poni, mask=mask, bins=config.bins, q_min=config.q_min, q_max=config.q_max, sector=sector)
         return Instrumental(beam, reduction, reduction.smearing(beam, per_bin=config.per_bin, spread=config.wavelength_spread))
+
+
+class Found(NamedTuple):
+    """Where the beam is, and which pixels count.
+
+    Attributes
+    ----------
+    psf
+        The direct beam, see `reduction.psf`.
+    poni
+        Geometry of the samples, with the beam centre where the direct beam is.
+    mask
+        True where a pixel does not count, in the samples' frames or that of the direct beam.
+    """
+
+    psf: xr.Dataset
+    poni: dict[str, Any]
+    mask: NDArray[np.bool_]
 
 
 class PreparedCurves:
@@ -259,7 +288,29 @@ def _images(exposed: Exposed, config: Config) -> PreparedImages:
     return PreparedImages(exposed.poni, exposed.mask, model=config.method, device=config.device, **config.options)
 
 
-PREPARE: dict[str, Callable[[Exposed, Config], PreparedExposures]] = {"icosahedra": _images}
+SECTOR = (0.0, 20.0)
+"""Azimuth and width, in degrees, of the sector that denoised frames are integrated over, if none is given."""
+
+
+def _patterns(exposed: Exposed, config: Config) -> PreparedPatterns:
+    from .denoising.exposures import PreparedPatterns
+
+    options = dict(config.options)
+    azimuth, width = _sector(options.pop("sector", SECTOR))
+    model = options.pop("model", config.method)
+    check_options(config.method_name, PreparedPatterns, options, given=("reduction", "smearing", "model", "device", "options"))
+    _, reduction, smearing = exposed.instrumental(config, (azimuth - width / 2, azimuth + width / 2))
+    return PreparedPatterns(reduction, smearing, model=model, device=config.device, **options)
+
+
+def _sector(value: Any) -> tuple[float, float]:
+    match value:
+        case [int() | float() as azimuth, int() | float() as width] if 0 < width <= 360:
+            return float(azimuth), float(width)
+    raise BadInput(f"The sector is {value!r}; give its azimuth and its width in degrees, such as [0, 20].")
+
+
+PREPARE: dict[str, Callable[[Exposed, Config], PreparedExposures]] = {"icosahedra": _images, "symmetry-denoiser": _patterns}
 """How models that read frames are prepared; all other methods desmear."""
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .data import BadInput, Flag, exposures_of
 from .smearing import Smearing
 
-__all__ = ["plot_comparison", "plot_operator", "plot_psf", "plot_residuals", "plot_result", "plot_sizes"]
+__all__ = ["plot_comparison", "plot_frames", "plot_operator", "plot_psf", "plot_residuals", "plot_result", "plot_sizes"]
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
@@ -263,6 +263,37 @@ def plot_sizes(dataset: xr.Dataset, ax: Axes | None = None, *, truth: NDArray | 
     ax.set(xlabel="exposure" if truth is None else "true radius / nm", ylabel="radius / nm", title=title)
     ax.tick_params(which="both", direction="in", top=True, right=True)
     ax.legend(frameon=False)
+    return figure
+
+
+def plot_frames(dataset: xr.Dataset, *, most: int = 6, title: str = "") -> Figure:
+    """Plot denoised frames on a logarithmic scale.
+
+    Parameters
+    ----------
+    dataset
+        Result of the model ``symmetry-denoiser``, dims ("exposure", ...).
+    most
+        Frames that are drawn, of exposures at equal distances.
+    title
+        Of the figure.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    exposures = _complete(dataset)
+    count = min(most, exposures.sizes["exposure"])
+    chosen = np.linspace(0, exposures.sizes["exposure"] - 1, count).round().astype(int)
+    figure = Figure(figsize=(2.4 * count + 0.6, 2.9), layout="constrained")
+    grid = figure.subplots(1, count, squeeze=False)[0]
+    frames = exposures["denoised"].values[chosen]
+    scale = LogNorm(max(np.nanquantile(frames, 0.01), 1e-3), np.nanmax(frames))
+    images = [ax.imshow(frame, origin="lower", norm=scale, cmap="magma") for ax, frame in zip(grid, frames, strict=True)]
+    for ax, number in zip(grid, chosen, strict=True):
+        ax.set(xticks=[], yticks=[], title=f"exposure {number + 1}")
+    figure.colorbar(images[0], ax=grid.tolist(), label="expected counts")
+    figure.suptitle(title)
     return figure
 
 

@@ -380,7 +380,19 @@ class IcosahedraClient(ResultClient):
 
 
 class DenoisedClient(DesmearedClient):
-    """A result of denoising: frames, and the desmeared curve of a sector."""
+    """A result of denoising: frames, orientations of their rings, and the desmeared curve of a sector.
+
+    Examples
+    --------
+    >>> result = catalog["analysed"].values().last()        # doctest: +SKIP
+    >>> result.plot_frames(), result.plot()                 # doctest: +SKIP
+    """
+
+    def plot_frames(self) -> Figure:
+        """Plot the first denoised frames, with the orientation of each."""
+        from .plots import plot_frames
+
+        return plot_frames(self._read_complete(), title=self._title)
 
 
 def _inside(said: dict[str, Any], column: str) -> Any:

@@ -79,6 +79,20 @@ def test_the_quick_ablation_writes_a_whole_report(tmp_path, monkeypatch):
     assert 0 < (tmp_path / "ablation.png").stat().st_size < 150_000
 
 
+@pytest.mark.slow
+def test_the_quick_denoising_writes_a_whole_report(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    denoise = importlib.import_module("denoise")
+    monkeypatch.setitem(denoise.GROUPS, "bm3d", lambda *arguments: iter(()))  # not free for all uses, and slow
+    denoise.main(["--quick", "--output", str(tmp_path), "--cache", str(tmp_path / "cache")])
+    report = (tmp_path / "denoise.md").read_text(encoding="utf-8")
+    gains = {name: float(gain) for name, gain in re.findall(r"^\| ([^|]+) \| (-?[0-9.]+) \| -?[0-9.]+ \|$", report, re.MULTILINE)}
+    assert gains["**symmetry denoiser**"] > gains["symmetry average + Gaussian"] > gains["Gaussian"] > 0
+    assert {"Noise2Void", "published algorithm, geometric mask"} <= set(gains)
+    assert "nan" not in report.lower()
+    assert 0 < (tmp_path / "denoise.png").stat().st_size < 150_000
+
+
 @pytest.fixture
 def variants(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

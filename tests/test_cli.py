@@ -231,6 +231,8 @@ class TestBadInput:
     def test_other_commands(self, fails, tmp_path):
         fails("serve", "nothing.yml", match=r"nothing\.yml does not exist")
         fails("train", "nothing", match="nothing")
+        fails("train", "symmetry-denoiser", match="Say which runs to learn from")
+        fails("train", "dsnet", "--query", "sample=gold", match="does not learn from runs")
         fails("train", "--device", "abacus", match="torch cannot use the device 'abacus' .*try cpu")
         nobody = ("--uri", "http://127.0.0.1:9")
         fails("register", *nobody, match="No Tiled server answers at http://127.0.0.1:9 .*dsnet-bluesky serve")

@@ -151,6 +151,24 @@ def test_single_shots_are_read_live(tmp_path):
     assert 'client["analysed"]' in text
 
 
+@pytest.mark.system
+@pytest.mark.slow
+def test_weak_patterns_are_denoised_live(tmp_path):
+    output = io.StringIO()
+    outcome = run_experiment("anisotropic", tmp_path, quick=True, console=Console(file=output, width=140))
+    assert outcome.failed == 0
+    assert (outcome.result["status"] == "ok").all()
+    assert outcome.error[1] < outcome.error[0] / 30
+    assert outcome.turned[1] < outcome.turned[0]
+    assert outcome.sector[1] < outcome.sector[0] / 2
+    for figure in outcome.figures:
+        assert figure.read_bytes().startswith(b"\x89PNG")
+        assert figure.stat().st_size > 20_000
+    text = output.getvalue()
+    assert "degrees raw" in text
+    assert 'client["analysed"]' in text
+
+
 def test_unknown_experiments_are_named():
-    with pytest.raises(BadInput, match="no experiment 'gold'; take desmearing, icosahedra"):
+    with pytest.raises(BadInput, match="no experiment 'gold'; take desmearing, anisotropic, icosahedra"):
         run_experiment("gold")

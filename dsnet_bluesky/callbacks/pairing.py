@@ -17,7 +17,7 @@ from dsnet_bluesky import frames
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.derived import lookup
 from dsnet_bluesky.documents import Exposure, Instrument, mismatch
-from dsnet_bluesky.pipeline import Config, PreparedExposures, prepare_exposures
+from dsnet_bluesky.pipeline import Config, Exposed, PreparedExposures, prepare_exposures
 from dsnet_bluesky.reduction import load_mask, sum_frames
 
 from .exposures import exposures_of_documents
@@ -190,6 +190,16 @@ class DirectBeams:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(key)
         return self._prepared[key]
+
+    def exposed(self, pairing: Pairing, sample: Instrument) -> Exposed:
+        """Read what there is to prepare from: the direct beam, geometries and masks.
+
+        Raises
+        ------
+        BadInput
+            If the direct beam or a mask cannot be read.
+        """
+        return Exposed(poni=sample.poni, mask=_mask(sample), **_given(pairing.beam))
 
     def _named(self, uid: str, sample: Instrument) -> DirectBeam:
         beam = self._seen.get(uid) or self._fetch(uid)

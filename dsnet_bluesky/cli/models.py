@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .common import app, say
+from .common import LOCAL, ApiKey, Uri, app, connect, say
 
 if TYPE_CHECKING:
     from dsnet_bluesky.versions import Listed, Model
@@ -20,26 +22,78 @@ __all__ = ["alias", "install", "list_", "models", "show", "train", "verify"]
 models = typer.Typer(help="Models: list, verify, install and promote them.", no_args_is_help=True)
 app.add_typer(models, name="models")
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+DENOISER = "symmetry-denoiser"
+"""What learns from runs of the catalog, not by a recipe alone."""
+
 REFERENCE_HELP = "NAME (the version in production), NAME:VERSION, NAME:ALIAS, or the path of a model's folder."
 
 
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A released model's name (dsnet, icosahedra ...) or a recipe file.")
+        str, typer.Argument(help="A released model's name (dsnet, icosahedra ...), a recipe file, or symmetry-denoiser.")
     ] = "dsnet-paper",
     output: Annotated[Path | None, typer.Option(help="Folder of the new model. [dim]Default: its name here[/]")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    query: Annotated[
+        list[str] | None,
+        typer.Option(help="For symmetry-denoiser, runs to learn from: sample=fibres, run=UID, since=2026-11-30; repeatable."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of a symmetry-denoiser.")] = DENOISER,
+    version: Annotated[str, typer.Option(help="Of a symmetry-denoiser.")] = "1.0.0",
+    variant: Annotated[
+        str, typer.Option(help="Of a symmetry-denoiser: symmetry, or paper for the published algorithm.")
+    ] = "symmetry",
+    steps: Annotated[int | None, typer.Option(help="Of a symmetry-denoiser.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of a symmetry-denoiser.")] = 1,
+    installed: Annotated[bool, typer.Option("--install", help="Install the model when it is trained.")] = False,
+    uri: Uri = LOCAL,
+    api_key: ApiKey = None,
 ) -> None:
-    """Train a network by its recipe; an interrupted training goes on where it stopped."""
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """Train a network by its recipe, or a denoiser on runs of the catalog; an interrupted training goes on where it stopped."""
     from dsnet_bluesky import training
+    from dsnet_bluesky.data import BadInput
     from dsnet_bluesky.network import check_device
 
     check_device(device)
-    parsed = training.load_recipe(recipe)
-    target = output or Path(f"{parsed.name}-{parsed.version}")
+    if recipe == DENOISER:
+        named = {"name": name, "version": version, "seed": seed, **({} if steps is None else {"steps": steps})}
+        target = output or Path(f"{name}-{version}")
+        _train_denoiser(target, query or [], variant, named, device, lambda: connect(uri, api_key))
+    else:
+        if query:
+            raise BadInput(f"{recipe} does not learn from runs; leave out --query, or train {DENOISER}.")
+        parsed = training.load_recipe(recipe)
+        target = output or Path(f"{parsed.name}-{parsed.version}")
+        with _notifying(parsed.name) as notify:
+            training.train(parsed, target, device=device, notify=notify)
+    say(f"Written: {target}")
+    if installed:
+        install(target)
+
+
+def _train_denoiser(
+    target: Path, query: list[str], variant: str, named: dict[str, Any], device: str, client: Callable[[], Any]
+) -> None:
+    """Train a denoiser on the runs that a query finds."""
+    from dsnet_bluesky.data import BadInput
+    from dsnet_bluesky.learning import train_on_runs
+    from dsnet_bluesky.questions import parse_query
+    from dsnet_bluesky.training.denoiser import DenoiserRecipe
+
+    if not query:
+        raise BadInput("Say which runs to learn from: --query sample=NAME, run=UID, since=DATE or until=DATE.")
+    asked = [question for item in query for question in parse_query(item)]
+    recipe = DenoiserRecipe.of(variant, **named)
+    with _notifying(recipe.name) as notify:
+        train_on_runs(client(), target, questions=asked, recipe=recipe, device=device, notify=notify)
+
+
+@contextmanager
+def _notifying(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show how far a training is."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -47,14 +101,8 @@ def train(
         TextColumn("{task.fields[word]}"),
     )
     with Progress(*columns, console=Console()) as progress:
-        task = progress.add_task(parsed.name, total=None, word="")
-        training.train(
-            parsed,
-            target,
-            device=device,
-            notify=lambda done, total, word: progress.update(task, completed=done, total=total, word=word),
-        )
-    say(f"Written: {target}")
+        task = progress.add_task(label, total=None, word="")
+        yield lambda done, total, word: progress.update(task, completed=done, total=total, word=word)
 
 
 @models.command("list")

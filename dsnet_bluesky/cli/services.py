@@ -41,7 +41,7 @@ def serve(
 
 @app.command()
 def demo(
-    experiment: Annotated[str, typer.Option("--experiment", "-e", help="desmearing or icosahedra.")] = "desmearing",
+    experiment: Annotated[str, typer.Option("--experiment", "-e", help="desmearing, icosahedra or anisotropic.")] = "desmearing",
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server up at the end.")] = False,
     directory: Annotated[Path, typer.Option(help="Where data and figures go.")] = Path("dsnet-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A smaller experiment: fewer settings and exposures.")] = False,

@@ -17,6 +17,7 @@ __all__ = ["EXPERIMENTS", "run"]
 EXPERIMENTS: Mapping[str, str] = MappingProxyType(
     {
         "desmearing": "the DSNet paper's silver behenate, desmeared while the plans run",
+        "anisotropic": "a scan of weak anisotropic patterns, denoised: frames, orientations and sectors while it goes on",
         "icosahedra": "single shots of single particles: sizes and orientations while the run goes on",
     }
 )

@@ -117,7 +117,7 @@ def run(
         results = len(slits) + len(positions)
         session.run(experiment.devices, plan, exposures=len(slits) + results, results=(results, "curves desmeared and stored"))
         outcome = _evaluate(client, experiment.camera, slits, positions, runs, directory)
-        outcome.failed = session.callback.statistics.failed
+        outcome.failed = session.failed
         _show(console, outcome)
         say_how_to_go_on(console, server, QUERY, keep=keep)
     return outcome

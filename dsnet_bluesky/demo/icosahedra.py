@@ -111,7 +111,7 @@ def run(
         shots = len(outcome.particles)
         plan = expose(detector, sample="silver particles", instrument=instrument, exposures=shots)
         uid = session.run([detector], plan, exposures=shots, results=(shots, "particles read and stored"))
-        outcome.failed = session.callback.statistics.failed
+        outcome.failed = session.failed
         _evaluate(outcome, client, uid, PreparedImages(camera.poni, camera.mask, model=config.method))
         _show(console, outcome)
         say_how_to_go_on(console, server, QUERY, keep=keep)

@@ -50,16 +50,17 @@ class Session:
     console
         Where progress is shown.
     config
-        What is done with the exposures.
+        What is done with the exposures; None for nothing.
     """
 
-    def __init__(self, client: Any, folder: Path, console: Console, config: Config) -> None:
-        self.callback = DesmearCallback(client, config=config)
+    def __init__(self, client: Any, folder: Path, console: Console, config: Config | None) -> None:
+        self.callback = None if config is None else DesmearCallback(client, config=config)
         self.engine = RunEngine({}, call_returns_result=True)
         self._console = console
         self._writer = SpooledWriter(folder / "spool", client["raw"])
         self.engine.subscribe(self._writer)
-        self.engine.subscribe(self.callback)
+        if self.callback:
+            self.engine.subscribe(self.callback)
 
     def run(self, devices: Sequence[Any], plan: MsgGenerator[Any], *, exposures: int, results: tuple[int, str]) -> Any:
         """Run a plan and wait for its results; then the session is over.
@@ -87,16 +88,25 @@ class Session:
         """
         self.engine(ensure_connected(*devices))
         with self._progress(exposures, results):
-            said: Any = self.engine(plan)
-            finished = self._writer.wait(PATIENCE) and self.callback.wait(PATIENCE)
+            done: Any = self.engine(plan)
+            finished = self._writer.wait(PATIENCE) and (self.callback is None or self.callback.wait(PATIENCE))
         self._writer.close()
-        self.callback.close()
+        if self.callback:
+            self.callback.close()
         self.engine.loop.call_soon_threadsafe(self.engine.loop.stop)
         if not finished:
-            raise TimeoutError(
-                f"The results were not complete {PATIENCE:.0f} s after the last exposure: {self.callback.statistics}"
-            )
-        return said.plan_result
+            said = self.callback and self.callback.statistics
+            raise TimeoutError(f"The results were not complete {PATIENCE:.0f} s after the last exposure: {said}")
+        return done.plan_result
+
+    @property
+    def failed(self) -> int:
+        """Exposures that could not be answered."""
+        return self.callback.statistics.failed if self.callback else 0
+
+    @property
+    def _answered(self) -> int:
+        return self.callback.statistics.exposures if self.callback else 0
 
     @contextmanager
     def _progress(self, exposures: int, results: tuple[int, str]) -> Iterator[None]:
@@ -105,12 +115,12 @@ class Session:
         stop = threading.Event()
         with Progress(*columns, console=self._console) as progress:
             taken = progress.add_task("exposures taken by the plans  ", total=exposures)
-            done = progress.add_task(f"{results[1]:30s}", total=results[0])
+            done = progress.add_task(f"{results[1]:30s}", total=results[0], visible=self.callback is not None)
             token = self.engine.subscribe(lambda name, doc: progress.advance(taken), name="event")
 
             def follow() -> None:
                 while not stop.wait(0.1):
-                    progress.update(done, completed=self.callback.statistics.exposures)
+                    progress.update(done, completed=self._answered)
 
             thread = threading.Thread(target=follow, daemon=True)
             thread.start()
@@ -119,7 +129,7 @@ class Session:
             finally:
                 stop.set()
                 thread.join()
-                progress.update(done, completed=self.callback.statistics.exposures)
+                progress.update(done, completed=self._answered)
                 self.engine.unsubscribe(token)
 
 

@@ -91,7 +91,8 @@ class SymmetryDenoiser:
         mask
             True where a pixel does not count, shape (y, x).
         rings
-            Ring of each pixel, -1 for none, whose sums are kept: ``Reduction.bins``. By default rings of one pixel's width.
+            Ring of each pixel, -1 for none, whose sums are kept; by default of 8 pixels' width. With ``Reduction.bins``
+            curves of full rings are the raw ones exactly; but bins as narrow as pixels bring some of the noise back.
         conserving
             Whether each ring is scaled to the measured sum.
         test
@@ -102,8 +103,9 @@ class SymmetryDenoiser:
         -------
         xarray.Dataset
             `denoised` (exposure, y, x), expected counts; NaN where neither the pixel nor its mate counts. Per exposure
-            `counts_per_pixel`, `chi2_symmetry`, `chi2_rings` (before the rings are scaled) and `flags` (sum of `data.Flag`:
-            ASYMMETRIC, BIASED, FEW_COUNTS, OUT_OF_RANGE). Attributes: the model, the pooled chi2 of the symmetry and its error.
+            `counts_per_pixel`, `chi2_symmetry`, `chi2_rings` (of rings a pixel wide, before any is scaled) and `flags` (sum of
+            `data.Flag`: ASYMMETRIC, BIASED, FEW_COUNTS, OUT_OF_RANGE). Attributes: the model, the pooled chi2 of the symmetry
+            and its error.
 
         Raises
         ------
@@ -116,7 +118,7 @@ class SymmetryDenoiser:
         symmetry = tested(frames, masked, grid, centred, valid) if test else test_symmetry(centred, valid)
         denoised = grid.back(denoise_centred(self.network, centred, valid, self.device))
         numbered = rings_about(grid.centre, grid.shape, masked) if rings is None else check_rings(rings, masked)
-        chi2 = ring_chi2(denoised, frames, numbered)
+        chi2 = ring_chi2(denoised, frames, rings_about(grid.centre, grid.shape, masked, width=1.0))
         if conserving:
             denoised = conserve(denoised, frames, numbered)
         seen = ~masked | (grid.back(fold(centred[:1], valid).readings[None].astype(float))[0] > 0)

@@ -58,7 +58,7 @@ def halves(counts: NDArray[np.int64], valid: NDArray[np.bool_], *, product_mask:
 
 def paper_loss(network: UNet, source: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of one half predicted from the other, shape (batch, y, x)."""
-    return functional.mse_loss(torch.relu(network(source[:, None])), target)
+    return functional.mse_loss(torch.relu(network(source[:, None])[:, 0].float()), target)
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def paper_estimate(network: UNet, parts: Halves, width: int, device: str = "cpu"
     answers = []
     for source in (parts.right, parts.left):
         images = torch.as_tensor(source, device=device)[:, None]
-        total = sum(torch.relu(network(images.flip(axes))).flip(axes) for axes in FLIPS)
+        total = sum(torch.relu(network(images.flip(axes))[:, 0]).flip(axes) for axes in FLIPS)
         answers.append((torch.as_tensor(total) / len(FLIPS)).double().cpu().numpy() * parts.scale)
     left, right = answers[0], mate(answers[1])
     return np.concatenate([left[..., : width // 2], right[..., right.shape[-1] - (width - width // 2) :]], axis=-1)

@@ -13,12 +13,18 @@ __all__ = ["check_rings", "conserve", "ring_chi2", "ring_sums", "rings_about"]
 
 Floats = NDArray[np.floating[Any]]
 
+WIDTH = 8.0
+"""Of the rings that are conserved, in pixels. Narrow rings bring the photons' noise back: on validation frames of 3 photons a
+pixel, a gain of 24.1 dB falls to 20.9 by rings of 1 pixel and to 23.7 by 4, and is 24.2 with 8; sectors do not care."""
+
 LEAST_IN_RINGS = 0.5
 """Least part of the pixels that rings of full circles hold."""
 
 
-def rings_about(centre: tuple[float, float], shape: tuple[int, int], mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Number the rings, a pixel wide, about the beam: for each pixel its ring, -1 where it is masked.
+def rings_about(
+    centre: tuple[float, float], shape: tuple[int, int], mask: NDArray[np.bool_], width: float = WIDTH
+) -> NDArray[np.int64]:
+    """Number the rings about the beam: for each pixel its ring, -1 where it is masked.
 
     Parameters
     ----------
@@ -28,9 +34,11 @@ def rings_about(centre: tuple[float, float], shape: tuple[int, int], mask: NDArr
         Rows and columns.
     mask
         True where a pixel does not count, shape (y, x).
+    width
+        Of a ring in pixels.
     """
     y, x = (np.arange(n) + 0.5 - c for n, c in zip(shape, centre, strict=True))
-    return np.where(mask, -1, np.hypot(y[:, None], x).astype(np.int64))
+    return np.where(mask, -1, (np.hypot(y[:, None], x) / width).astype(np.int64))
 
 
 def check_rings(rings: NDArray, mask: NDArray[np.bool_]) -> NDArray[np.int64]:

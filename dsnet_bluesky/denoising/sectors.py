@@ -17,7 +17,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from dsnet_bluesky.data import BadInput, curve
-from dsnet_bluesky.desmearing import prepare
+from dsnet_bluesky.desmearing import Prepared, prepare
 from dsnet_bluesky.desmearing.covariance import Covariance
 from dsnet_bluesky.reduction import Reduction
 from dsnet_bluesky.smearing import Smearing
@@ -25,7 +25,20 @@ from dsnet_bluesky.smearing import Smearing
 from . import SymmetryDenoiser
 from .symmetry import check_counts
 
-__all__ = ["RANK", "REPLICAS", "DesmearedSector", "SectorCurve", "bootstrap", "desmear_sector", "integrate", "low_rank"]
+__all__ = [
+    "RANK",
+    "REPLICAS",
+    "DesmearedSector",
+    "Resampled",
+    "SectorCurve",
+    "bootstrap",
+    "desmear_sector",
+    "desmeared",
+    "integrate",
+    "low_rank",
+    "resample",
+    "sector_of",
+]
 
 Floats = NDArray[np.floating[Any]]
 
@@ -35,6 +48,15 @@ RANK = 8
 
 LEAST_ERROR = 1e-3
 """A point is taken as no better known than to this part of the mean error: bins that the rings fix entirely do not scatter."""
+
+
+class Resampled(NamedTuple):
+    """A denoised exposure, and what else it might have been."""
+
+    found: xr.Dataset
+    """Of `SymmetryDenoiser`, without `exposure`."""
+    again: Floats
+    """Denoised replicas, shape (replica, y, x)."""
 
 
 class SectorCurve(NamedTuple):
@@ -70,19 +92,17 @@ def integrate(frames: NDArray, reduction: Reduction) -> Floats:
     return reduction(frames)["I"].values
 
 
-def bootstrap(
+def resample(
     denoiser: SymmetryDenoiser,
     counts: NDArray,
-    reduction: Reduction,
     centre: tuple[float, float],
     mask: NDArray[np.bool_] | None = None,
     *,
-    rings: NDArray | None = None,
     replicas: int = REPLICAS,
-    rank: int = RANK,
     seed: int = 0,
-) -> SectorCurve:
-    """Denoise one exposure, integrate a sector of it, and find the errors of the curve.
+    **options: Any,
+) -> Resampled:
+    """Denoise one exposure, and frames that are drawn from the answer as if it were the truth.
 
     Parameters
     ----------
@@ -90,14 +110,10 @@ def bootstrap(
         The model.
     counts
         Photons of one exposure, shape (y, x).
-    reduction
-        With a sector.
-    centre, mask, rings
+    centre, mask, options
         As of `SymmetryDenoiser`.
     replicas
         Frames that are drawn; 32 know a standard deviation to 13 %.
-    rank
-        Columns of the covariance's factor; the rest is each point's own.
     seed
         Of what is drawn.
 
@@ -109,15 +125,63 @@ def bootstrap(
     if replicas < 4:
         raise BadInput(f"{replicas} replicas say nothing of errors; take {REPLICAS}.")
     frame, masked = check_counts(np.asarray(counts)[None], mask)
-    denoised = denoiser(frame, centre, masked, rings=rings)["denoised"].values
-    mean = np.where(masked | ~np.isfinite(denoised[0]), 0.0, denoised[0])
+    found = denoiser(frame, centre, masked, **options)
+    denoised = found["denoised"].values[0]
+    mean = np.where(masked | ~np.isfinite(denoised), 0.0, denoised)
     drawn = np.random.default_rng(seed).poisson(mean, (replicas, *mean.shape))
     # Drawn from a symmetric frame: a test of its symmetry could only fail by chance.
-    again = denoiser(drawn, centre, masked, rings=rings, test=False)["denoised"].values
-    I, curves = integrate(denoised, reduction)[0], integrate(again, reduction)
-    found = low_rank(curves, rank)
+    again = denoiser(drawn, centre, masked, **{**options, "test": False})["denoised"].values
+    return Resampled(found.isel(exposure=0), again)
+
+
+def bootstrap(
+    denoiser: SymmetryDenoiser,
+    counts: NDArray,
+    reduction: Reduction,
+    centre: tuple[float, float],
+    mask: NDArray[np.bool_] | None = None,
+    *,
+    rank: int = RANK,
+    **options: Any,
+) -> SectorCurve:
+    """Denoise one exposure, integrate a sector of it, and find the errors of the curve.
+
+    Parameters
+    ----------
+    denoiser, counts, centre, mask, options
+        As of `resample`.
+    reduction
+        With a sector.
+    rank
+        Columns of the covariance's factor; the rest is each point's own.
+
+    Raises
+    ------
+    BadInput
+        If there are fewer than 4 replicas, or the exposure cannot be denoised.
+    """
+    return sector_of(resample(denoiser, counts, centre, mask, **options), reduction, rank=rank)
+
+
+def sector_of(resampled: Resampled, reduction: Reduction, *, rank: int = RANK, divisor: float = 1.0) -> SectorCurve:
+    """Integrate a sector of a denoised exposure and of its replicas.
+
+    Parameters
+    ----------
+    resampled
+        Of `resample`.
+    reduction
+        With a sector.
+    rank
+        Columns of the covariance's factor.
+    divisor
+        Of intensities: exposure time, monitor, transmission.
+    """
+    frames = np.concatenate([resampled.found["denoised"].values[None], resampled.again])
+    I, *curves = integrate(frames, reduction) / divisor
+    found = low_rank(np.array(curves), rank)
     Idev = np.sqrt((found.factor**2).sum(axis=1) + found.own**2)
-    return SectorCurve(curve(reduction.q, I, Idev, units="1", replicas=replicas), found, curves)
+    return SectorCurve(curve(reduction.q, I, Idev, units="1", replicas=len(curves)), found, np.array(curves))
 
 
 def low_rank(samples: Floats, rank: int = RANK) -> Covariance:
@@ -160,15 +224,21 @@ def desmear_sector(
     BadInput
         If the operator is not on the sector's q, or the method cannot desmear it.
     """
+    return desmeared(sector, prepare(smearing, method, **options), rank=rank)
+
+
+def desmeared(sector: SectorCurve, prepared: Prepared, *, rank: int = RANK) -> DesmearedSector:
+    """Desmear a sector with a method that was made ready for its operator, see `desmear_sector`."""
     q, Idev = sector.curve["q"].values, sector.curve["Idev"].values
-    if smearing.q.shape != q.shape or not np.allclose(smearing.q, q):
+    if prepared.smearing.q.shape != q.shape or not np.allclose(prepared.smearing.q, q):
         raise BadInput("The operator is not that of this sector: build it with its reduction, reduction.smearing(direct_beam).")
-    prepared = prepare(smearing, method, **options)
     result = prepared(sector.curve)
     again = prepared(curve(q, sector.replicas, np.broadcast_to(Idev, sector.replicas.shape), units="1"))
     whole = again["I"].values[np.isfinite(again["I"].values).all(axis=1)]
     if len(whole) < 4:
-        raise BadInput(f"{method} desmears only {len(whole)} of {len(sector.replicas)} replicas; the sector is too noisy for it.")
+        raise BadInput(
+            f"{prepared.method} desmears only {len(whole)} of {len(sector.replicas)} replicas; the sector is too noisy for it."
+        )
     found = low_rank(whole, rank)
     noise = np.sqrt((found.factor**2).sum(axis=1) + found.own**2)
     return DesmearedSector(_with_noise(result, noise), found)

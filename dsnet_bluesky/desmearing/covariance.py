@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -61,7 +62,9 @@ def covariance(result: xr.Dataset) -> Covariance:
     Parameters
     ----------
     result
-        One exposure of a desmeared Dataset: I, Idev and Qdev on q, and the attribute ``diagnostics``.
+        One exposure of a desmeared Dataset: I, Idev and Qdev on q, and the attribute ``diagnostics``. Where the noise was
+        found by a bootstrap, its covariance is there too (`noise_factor`, `noise_own`), and is joined with
+        what the method does not know.
 
     Raises
     ------
@@ -81,13 +84,20 @@ def covariance(result: xr.Dataset) -> Covariance:
     """
     if "exposure" in result.dims:
         raise BadInput("Give one exposure: covariance(result.isel(exposure=0)).")
+    if "noise_factor" in result:
+        return _with_noise(result)
     told = json.loads(result.attrs.get("diagnostics", "{}")).get("correlation")
     if not told or _substituted(result) or not np.isfinite(result["Qdev"].values).all():
         raise BadInput(
             f"{result.attrs.get('method', 'The method')} does not say how the errors of this curve are correlated; "
             "only answers of the method dsnet do that are its own."
         )
-    q, Idev, Qdev = (result[name].values for name in ("q", "Idev", "Qdev"))
+    return _told(result, result["Idev"].values, told)
+
+
+def _told(result: xr.Dataset, Idev: NDArray, told: Mapping[str, Any]) -> Covariance:
+    """Covariance of errors that are correlated as the method says."""
+    q, Qdev = result["q"].values, result["Qdev"].values
     place = np.concatenate([[0.0], np.cumsum(2 * np.diff(q) / (Qdev[1:] + Qdev[:-1]))])
     step = float(np.median(np.diff(place)))
     parts = [
@@ -98,6 +108,17 @@ def covariance(result: xr.Dataset) -> Covariance:
     shared = np.hstack([np.zeros((q.size, 1)), *parts])
     own = np.sqrt(np.maximum(1 - (shared**2).sum(axis=1), 1e-6))
     return Covariance(Idev[:, None] * shared, Idev * own)
+
+
+def _with_noise(result: xr.Dataset) -> Covariance:
+    """Join the covariance of the noise with that of what the method does not know, which is independent where it says nothing."""
+    factor, own = result["noise_factor"].transpose("q", ...).values, result["noise_own"].values
+    rest = np.sqrt(np.maximum(result["Idev"].values ** 2 - (factor**2).sum(axis=1) - own**2, 0.0))
+    told = json.loads(result.attrs.get("diagnostics", "{}")).get("correlation")
+    if not told or _substituted(result) or not np.isfinite(result["Qdev"].values).all():
+        return Covariance(factor, np.hypot(own, rest))
+    method = _told(result, rest, told)
+    return Covariance(np.hstack([factor, method.factor]), np.hypot(own, method.own))
 
 
 def coverage_factor(result: xr.Dataset) -> float:

@@ -15,7 +15,7 @@ from dsnet_bluesky.pipeline import Config
 from dsnet_bluesky.questions import Between, OfRun, Question, Sample
 from dsnet_bluesky.watch.backlog import PAGE, Backlog
 
-__all__ = ["Page", "Selection"]
+__all__ = ["Page", "Selection", "sample_runs"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,8 @@ class Selection:
     def __init__(self, client: Any, config: Config, questions: Sequence[Question] = (), *, retry_failed: bool = False) -> None:
         self._backlog = Backlog(client, config)
         self._retry_failed = retry_failed
-        runs = mount(client, "raw").search(Key("purpose") == "sample")
-        for question in questions:
-            runs = _narrowed(runs, question)
-        self._runs = runs
-        self.count = len(runs)
-        if not self.count:
-            asked = f" that is {', '.join(map(repr, questions))}" if questions else ""
-            raise BadInput(f"The catalog holds no sample run{asked}; look at client['raw'], or widen the query.")
+        self._runs = sample_runs(client, questions)
+        self.count = len(self._runs)
 
     def pages(self) -> Iterator[Page]:
         """Go through the runs, a page at a time."""
@@ -64,6 +58,23 @@ class Selection:
         while uids := list(islice(runs, PAGE)):
             to_do = [task.run_uid for task in self._backlog.tasks(uids, failed=self._retry_failed)]
             yield Page(to_do, [uid for uid in uids if uid not in set(to_do)])
+
+
+def sample_runs(client: Any, questions: Sequence[Question] = ()) -> Any:
+    """Return the sample runs of the catalog that fulfil all questions.
+
+    Raises
+    ------
+    BadInput
+        If a question cannot be asked of runs, or none fulfils all.
+    """
+    runs = mount(client, "raw").search(Key("purpose") == "sample")
+    for question in questions:
+        runs = _narrowed(runs, question)
+    if not len(runs):
+        asked = f" that is {', '.join(map(repr, questions))}" if questions else ""
+        raise BadInput(f"The catalog holds no sample run{asked}; look at client['raw'], or widen the query.")
+    return runs
 
 
 def _narrowed(runs: Any, question: Question) -> Any:

@@ -137,16 +137,21 @@ class AnisotropicScan:
         return np.meshgrid(y, x, indexing="ij")  # type: ignore[return-value]
 
     @cached_property
-    def rates(self) -> Floats:
-        """Expected counts at a dose of one count a pixel, shape (exposure, y, x); zero behind the beamstop."""
+    def whole(self) -> Floats:
+        """Expected counts at a dose of one count a pixel, as if there were no beamstop, shape (exposure, y, x)."""
         step = 2e-9 * np.pi * PIXEL / (WAVELENGTH * DISTANCE)
         qy, qx = (step * part for part in self._pixels)
         return np.stack([self._rate(sample, qy, qx) for sample in self.samples])
 
+    @cached_property
+    def rates(self) -> Floats:
+        """The same, zero behind the beamstop."""
+        return np.where(self.mask, 0.0, self.whole)
+
     def _rate(self, sample: OrientedEllipsoids, qy: Floats, qx: Floats) -> Floats:
-        pattern = np.where(self.mask, 0.0, sample.intensity(qy, qx))
+        pattern = sample.intensity(qy, qx)
         level = pattern[~self.mask].mean()
-        return np.where(self.mask, 0.0, (1 - sample.background) * pattern / level + sample.background)
+        return (1 - sample.background) * pattern / level + sample.background
 
     def frames(self, dose: float, seed: int) -> NDArray[np.int64]:
         """Count photons: `dose` a pixel in the mean, shape (exposure, y, x)."""

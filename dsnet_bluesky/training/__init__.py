@@ -4,6 +4,7 @@ A recipe (TOML) holds every number of a training. `train` follows it and writes 
 the weights, a card in TOML and in Markdown, the recipe itself and the history. An interrupted
 training goes on from its last checkpoint. There are three kinds of recipes: `paper`, for the published
 DSNet, `unrolled`, for the network of dsnet 2, which has sessions, and `icosahedra`, which has a simulator.
+A denoiser (`denoiser`) learns from the frames of a scan, not by a recipe alone: `denoiser.train_denoiser`.
 
 Making curves needs sasmodels: ``pip install dsnet-bluesky[train]``.
 """

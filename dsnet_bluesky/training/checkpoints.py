@@ -73,17 +73,17 @@ def load_checkpoint(path: Path, recipe: str, device: str) -> dict[str, Any] | No
     Raises
     ------
     BadInput
-        If the checkpoint was written by another recipe.
+        If the checkpoint was written by another recipe, or learned from other data.
     """
     if not path.exists():
         return None
     saved = torch.load(path, map_location=device, weights_only=True)
     if saved["recipe"] != recipe:
-        raise BadInput(f"{path} belongs to another recipe; delete it or give another directory.")
+        raise BadInput(f"{path} belongs to another recipe or other data; delete it or give another directory.")
     return saved
 
 
-def save_steps(path: Path, training: Any, parts: Sequence[str]) -> None:
+def save_steps(path: Path, training: Any, parts: Sequence[str], data: str = "") -> None:
     """Write the checkpoint of a training that counts steps.
 
     Parameters
@@ -94,19 +94,21 @@ def save_steps(path: Path, training: Any, parts: Sequence[str]) -> None:
         With `step`, `seconds`, `history` and `recipe`.
     parts
         Names of what of it has a state: networks, optimizers.
+    data
+        Digest of what it learns from, where the recipe does not say that.
     """
     states = {name: getattr(training, name).state_dict() for name in parts}
     history = [tuple(progress) for progress in training.history]
-    about = {"step": training.step, "seconds": training.seconds, "history": history, "recipe": training.recipe.numbers}
+    about = {"step": training.step, "seconds": training.seconds, "history": history, "recipe": training.recipe.numbers + data}
     save_checkpoint(path, {**states, **about})
 
 
-def resume_steps(path: Path, training: Any, parts: Sequence[str], progress: Callable[..., Any]) -> None:
+def resume_steps(path: Path, training: Any, parts: Sequence[str], progress: Callable[..., Any], data: str = "") -> None:
     """Let a training go on from the checkpoint of `save_steps`, if there is one.
 
     Parameters
     ----------
-    path, training, parts
+    path, training, parts, data
         As for `save_steps`.
     progress
         What an entry of `history` is.
@@ -116,7 +118,7 @@ def resume_steps(path: Path, training: Any, parts: Sequence[str], progress: Call
     BadInput
         If the checkpoint was written by another recipe.
     """
-    saved = load_checkpoint(path, training.recipe.numbers, training.device)
+    saved = load_checkpoint(path, training.recipe.numbers + data, training.device)
     if saved is None:
         return
     for name in parts:
