@@ -283,7 +283,7 @@ class TestServer:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             client = wait_for(f"http://127.0.0.1:{command[-1]}", process)
-            assert sorted(client) == ["curves", "desmeared", "psfs", "raw"]
+            assert sorted(client) == ["analysed", "curves", "desmeared", "psfs", "raw"]
         finally:
             process.send_signal(signal.SIGTERM)
             # Ends only when the server, which holds the other end of the pipe, has ended too.

@@ -43,9 +43,9 @@ class RingHarmonics:
         sums = torch.zeros(len(number), *squares.shape[1:], dtype=torch.float64).index_add_(0, ring, squares)
         normal = torch.einsum("rs,sij->rij", joined, sums)
         ridge = torch.diag(torch.tensor([1e-3] + [RIDGE] * len(waves), dtype=torch.float64))
-        solve = torch.einsum("rij,rs->rsij", torch.linalg.inv(normal + ridge), joined)
         device = weight.device
-        self.ring, self.basis, self.solve = ring.to(device), basis.float().to(device), solve.float().to(device)
+        self._ring, self._basis = ring.to(device), basis.float().to(device)
+        self._joined, self._solve = joined.float().to(device), torch.linalg.inv(normal + ridge).float().to(device)
 
     def __call__(self, counts: Tensor) -> Tensor:
         """Give the fitted frames, not negative, for a weight of 1.
@@ -55,7 +55,7 @@ class RingHarmonics:
         counts
             Shape (batch, y, x); zero where the weight is.
         """
-        waves = counts.flatten(1)[:, :, None] * self.basis
-        sums = waves.new_zeros(len(counts), len(self.solve), waves.shape[2]).index_add_(1, self.ring, waves)
-        found = torch.einsum("rsij,bsj->bri", self.solve, sums)
-        return (found[:, self.ring] * self.basis).sum(dim=2).clamp_min(0).unflatten(1, counts.shape[1:])
+        waves = counts.flatten(1)[:, :, None] * self._basis
+        sums = waves.new_zeros(len(counts), len(self._joined), waves.shape[2]).index_add_(1, self._ring, waves)
+        found = torch.einsum("rij,brj->bri", self._solve, torch.einsum("rs,bsj->brj", self._joined, sums))
+        return (found[:, self._ring] * self._basis).sum(dim=2).clamp_min(0).unflatten(1, counts.shape[1:])

@@ -7,7 +7,9 @@ step of a training sees the same scan as new pairs of mates. The network f answe
 counts of what it was given; those of the kept part are ``f (1 - p) / p``, and the likelihood of what was
 kept is maximal in expectation for the true pattern. No clean frame is needed.
 
-At the end the network is given all photons of both mates.
+The network is not shown the frame alone but several views of it: smooth ones, and fits to its rings, by which all photons of
+a ring speak for each of its pixels (`harmonics`). Its answer is a mean of these, with weights and a correction for
+each pixel. At the end it is given all photons of both mates.
 """
 
 from __future__ import annotations
