@@ -332,7 +332,8 @@ def main(words: Sequence[str] | None = None) -> None:
         f"## Off the model\n\n{len(few.radius)} images, eight views; the median of the score and the share flagged POOR_FIT.\n\n"
         + table("images", off_model(reader, few), ("score", "flagged")),
         f"## Forward fitting\n\n{fits} images; simplexes of {STEPS} simulations from random starts, the best by the score; "
-        "48 points, 48 slices for images and fit. The fit knows exactly how images are made, the network learned on a finer grid.\n\n"
+        "48 points, 48 slices for images and fit. "
+        "The fit knows exactly how images are made, the network learned on a finer grid.\n\n"
         + table("method", comparison(reader, fits, starts, arguments.output / "icosahedra-fits.png"), ("cost",))
         + "\n\n![Errors of forward fitting](icosahedra-fits.png)",
     ]
