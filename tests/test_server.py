@@ -19,7 +19,7 @@ def test_the_embedded_configuration_is_valid(tmp_path: Path, monkeypatch):
     filled = Config.model_validate(configuration(tmp_path))
     assert by_hand.trees is not None
     assert filled.trees is not None
-    assert [tree.path for tree in by_hand.trees] == ["/raw", "/curves", "/psfs", "/desmeared"]
+    assert [tree.path for tree in by_hand.trees] == ["/raw", "/curves", "/psfs", "/desmeared", "/analysed"]
     assert [tree.args for tree in by_hand.trees] == [tree.args for tree in filled.trees]
 
 

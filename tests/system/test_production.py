@@ -88,7 +88,7 @@ def test_every_place_is_from_the_environment(monkeypatch):
         monkeypatch.setenv(name, value or "0" * 64)
     config = parse_configs(EMBEDDED.parent / "production.yml")
     assert config.trees is not None
-    assert [tree.path for tree in config.trees] == ["/raw", "/curves", "/psfs", "/desmeared"]
+    assert [tree.path for tree in config.trees] == ["/raw", "/curves", "/psfs", "/desmeared", "/analysed"]
     assert "$" not in str([tree.args for tree in config.trees]) + str(config.authentication) + str(config.database)
     assert not config.expose_raw_assets
     assert config.authentication.allow_anonymous_access is False
