@@ -63,7 +63,7 @@ class Size:
     seeds: int = 5
     pixels: int = 128
     steps: int = 1200
-    paper_steps: int = 120
+    paper_steps: int = 500
     repeats: int = 48
     recipe: DenoiserRecipe = field(default_factory=DenoiserRecipe)
 

@@ -33,6 +33,9 @@ class Kind:
     summary
         What the metadata of a complete result say of its good exposures: by key, the variable and ``median``, ``largest``
         or ``least``.
+    desmears_with
+        The method that desmears what this one makes, if the option ``method`` names no other; empty where nothing is desmeared
+        afterwards.
     """
 
     operation: str
@@ -42,6 +45,7 @@ class Kind:
     holds_curves: bool
     compared: tuple[str, str]
     summary: Mapping[str, tuple[str, str]] = field(hash=False)
+    desmears_with: str = ""
 
 
 DESMEARED = Kind(
@@ -78,6 +82,7 @@ FRAME_MODELS: dict[str, Kind] = {
             "chi2_symmetry_median": ("chi2_symmetry", "median"),
             "chi2_rings_largest": ("chi2_rings", "largest"),
         },
+        desmears_with="dsnet",
     ),
 }
 """Methods that read frames: models of the registry of the same name answer for them."""

@@ -83,6 +83,9 @@ class Config:
 
     def __post_init__(self) -> None:
         method, options = settled(self.method, self.options, (*LEARNED, *FRAME_MODELS))
+        if then := kind_of(method).desmears_with:
+            # The version of the model that desmears afterwards has no other place in a result's identity.
+            options["method"] = settled(str(options.get("method", then)), {})[0]
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "options", options)
 
@@ -284,8 +287,10 @@ def _desmearing(exposed: Exposed, config: Config) -> PreparedCurves:
 def _images(exposed: Exposed, config: Config) -> PreparedImages:
     from .icosahedra.exposures import PreparedImages
 
-    check_options(config.method_name, PreparedImages, config.options, given=("poni", "mask", "model", "device"))
-    return PreparedImages(exposed.poni, exposed.mask, model=config.method, device=config.device, **config.options)
+    options = dict(config.options)
+    model = options.pop("model", config.method)
+    check_options(config.method_name, PreparedImages, options, given=("poni", "mask", "model", "device"))
+    return PreparedImages(exposed.poni, exposed.mask, model=model, device=config.device, **options)
 
 
 SECTOR = (0.0, 20.0)

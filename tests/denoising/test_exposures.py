@@ -23,6 +23,7 @@ from dsnet_bluesky.replay import replay
 from dsnet_bluesky.rows import columns_of, pack
 from dsnet_bluesky.sim.anisotropic import AnisotropicScan
 from dsnet_bluesky.sim.patterns import EMPTY, PatternCamera, ScanStage, pattern_detector
+from dsnet_bluesky.versions import load_model
 from tests.denoising.small import DOSE
 
 TEST = AnisotropicScan.draw(1, "test", 1, shape=(64, 64), centre=(31.6, 32.3)).turned([20.0, 80.0, 140.0])
@@ -132,6 +133,14 @@ def test_options_are_checked(trained, options, said):
     config = Config(method="symmetry-denoiser", options={"model": str(trained), **options}, bins=25)
     with pytest.raises(BadInput, match=said):
         prepare_exposures(CAMERA.direct.astype(int), TEST.poni, mask=TEST.mask, beam_mask=np.zeros_like(TEST.mask), config=config)
+
+
+def test_what_desmears_afterwards_is_part_of_the_identity(trained):
+    config, other = (
+        Config(method="symmetry-denoiser", options={"model": str(trained), **options}) for options in ({}, {"method": "map"})
+    )
+    assert config.options["method"] == load_model("dsnet").reference
+    assert config.sha256 != other.sha256
 
 
 def test_weak_exposures_are_answered_live_and_verified_by_replay(RE, client, detector_directory, trained):
