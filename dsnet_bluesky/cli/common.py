@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Any
 
@@ -9,9 +10,23 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-__all__ = ["LOCAL", "METHOD_HELP", "ApiKey", "Commands", "Uri", "app", "connect", "finite", "say"]
+__all__ = [
+    "FRAMES_HELP",
+    "LOCAL",
+    "METHOD_HELP",
+    "ApiKey",
+    "Commands",
+    "Options",
+    "Uri",
+    "app",
+    "connect",
+    "finite",
+    "parse_options",
+    "say",
+]
 
 METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version or an alias may follow: dsnet:2.0.0, dsnet:latest."
+FRAMES_HELP = "Of models that read frames: icosahedra, symmetry-denoiser."
 
 
 class Commands(TyperGroup):
@@ -44,6 +59,9 @@ def finite(param: typer.CallbackParam, value: float | None) -> float | None:
 
 Uri = Annotated[str, typer.Option(envvar="TILED_URI", help="Address of the Tiled server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="TILED_API_KEY", help="Its API key.", show_default=False)]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method; repeatable.")
+]
 LOCAL = "http://127.0.0.1:8000"
 
 
@@ -57,6 +75,30 @@ def main(
 
         say(__version__)
         raise typer.Exit
+
+
+def parse_options(texts: list[str] | None) -> dict[str, Any]:
+    """Read options of a method.
+
+    Raises
+    ------
+    BadInput
+        If one is not written as NAME=VALUE.
+    """
+    return dict(_parse_option(text) for text in texts or [])
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    """Split NAME=VALUE; the value is JSON where it is one, else a string."""
+    from dsnet_bluesky.data import BadInput
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise BadInput(f"--option {text}: write it as NAME=VALUE, e.g. --option iterations=20.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def say(text: str, *, style: str | None = None, stderr: bool = False) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import METHOD_HELP, app, finite, say
+from .common import METHOD_HELP, Options, app, finite, parse_options, say
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,9 +38,7 @@ OVERFIT = 0.1
 def desmear(
     curve: Annotated[Path, typer.Argument(help="canSAS XML, NXcanSAS, or text: Q, I and perhaps dI and dQ.", show_default=False)],
     method: Annotated[str, typer.Option("--method", "-m", help=METHOD_HELP)] = "dsnet",
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method; repeatable.")
-    ] = None,
+    option: Options = None,
     slit_length: Annotated[
         float | None, typer.Option(help="HALF the slit length in 1/nm.", show_default=False, callback=finite)
     ] = None,
@@ -74,7 +72,7 @@ def desmear(
     export.check_target(target, overwrite=overwrite)
     if plot is not None:
         _check_figure(plot, target, overwrite)
-    options = dict(_parse_option(text) for text in option or [])
+    options = parse_options(option)
     measured = read_curve(curve, units=q_units, entry=entry, sort=sort)
     smearing = smearing_for(measured, slit_length=slit_length, slit_width=slit_width, sigma=sigma, beam_profile=beam_profile)
     result = desmear_curve(measured, smearing, method, **options)
@@ -86,19 +84,6 @@ def desmear(
         plot_result(result).savefig(plot)
         written.append(plot)
     _report(measured, smearing, result, written)
-
-
-def _parse_option(text: str) -> tuple[str, Any]:
-    """Split NAME=VALUE; the value is JSON where it is one, else a string."""
-    from dsnet_bluesky.data import BadInput
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise BadInput(f"--option {text}: write it as NAME=VALUE, e.g. --option iterations=20.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _check_figure(path: Path, curves: Path, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .common import LOCAL, ApiKey, Uri, app, connect, say
+from .common import LOCAL, ApiKey, Options, Uri, app, connect, parse_options, say
 
 if TYPE_CHECKING:
     from dsnet_bluesky.replay import Summary
@@ -24,8 +24,9 @@ UNFINISHED = 3
 @app.command()
 def replay(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="dsnet:2.1.0, dsnet:production, or a method: map, ift ...")
+        str, typer.Option("--model", "-m", help="dsnet:2.1.0, dsnet:production, icosahedra, or a method: map, ift ...")
     ] = "dsnet",
+    option: Options = None,
     query: Annotated[
         list[str] | None,
         typer.Option(help="Of runs: sample=AgBh, run=UID, until=2026-11-30; repeatable. [dim]Default: all[/]"),
@@ -62,7 +63,7 @@ def replay(
 
     logging.getLogger("distributed").setLevel("ERROR")
     check_device(device)
-    config = Config(method=model, device=device)
+    config = Config(method=model, options=parse_options(option), device=device)
     asked = [question for item in query or [] for question in questions.parse_query(item)]
     if since is not None:
         asked += questions.parse_query(f"since={since}")

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import LOCAL, METHOD_HELP, ApiKey, Uri, app, connect, finite, say
+from .common import FRAMES_HELP, LOCAL, METHOD_HELP, ApiKey, Options, Uri, app, connect, finite, parse_options, say
 
 __all__ = ["demo", "serve", "show_status", "watch"]
 
@@ -55,7 +55,8 @@ def demo(
 
 @app.command()
 def watch(
-    method: Annotated[str, typer.Option("--method", "-m", help=METHOD_HELP)] = "dsnet",
+    method: Annotated[str, typer.Option("--method", "-m", help=f"{METHOD_HELP} {FRAMES_HELP}")] = "dsnet",
+    option: Options = None,
     device: Annotated[str, typer.Option(help="Of the network: cpu, cuda ...")] = "cpu",
     since: Annotated[float, typer.Option(help="Leave runs alone that began more days ago.", callback=finite)] = 7.0,
     max_beam_age: Annotated[
@@ -71,9 +72,9 @@ def watch(
     uri: Uri = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
-    """Desmear what comes into the catalog, until SIGTERM or Ctrl-C.
+    """Desmear what comes into the catalog, or let a model read its frames, until SIGTERM or Ctrl-C.
 
-    Runs are desmeared exposure by exposure while they go on. What was missed, for whatever reason, is found by scans of
+    Runs are done exposure by exposure while they go on. What was missed, for whatever reason, is found by scans of
     the catalog. Several watchers may share one catalog.
     """
     # Of Tiled's client, before it is imported: the watcher has its own patience, and must hear of SIGTERM in between.
@@ -85,7 +86,8 @@ def watch(
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("dsnet_bluesky").setLevel("INFO")
     check_device(device)
-    client, config = connect(uri, api_key), Config(method=method, device=device)
+    config = Config(method=method, options=parse_options(option), device=device)
+    client = connect(uri, api_key)
     watcher = Watcher(client, config=config, max_age=86_400 * since, max_beam_age=3600 * max_beam_age, scan_interval=interval)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: watcher.stop())
@@ -101,7 +103,8 @@ def show_status(
     watcher: Annotated[
         list[str] | None, typer.Option(help="Address of a watcher's port, such as http://127.0.0.1:9108; repeatable.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", "-m", help=METHOD_HELP)] = "dsnet",
+    method: Annotated[str, typer.Option("--method", "-m", help=f"{METHOD_HELP} {FRAMES_HELP}")] = "dsnet",
+    option: Options = None,
     since: Annotated[float, typer.Option(help="Count runs as waiting that began within these days.", callback=finite)] = 7.0,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     uri: Uri = LOCAL,
@@ -113,9 +116,8 @@ def show_status(
     from dsnet_bluesky.pipeline import Config
     from dsnet_bluesky.watch import read_status
 
-    found = read_status(
-        connect(uri, api_key), config=Config(method=method), since=time.time() - 86_400 * since, watchers=watcher or ()
-    )
+    config = Config(method=method, options=parse_options(option))
+    found = read_status(connect(uri, api_key), config=config, since=time.time() - 86_400 * since, watchers=watcher or ())
     if as_json:
         say(json.dumps(found.to_dict()))
     else:
