@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "Exposed", "Instrumental", "PreparedCurves", "PreparedExposures", "prepare_exposures", "without_model"]
 
+ANSWERED_BY_MODELS = (*LEARNED, *FRAME_MODELS)
+"""Methods that models of the registry answer for."""
+
 CACHE_SIZE = 8
 """Preparations that are kept: each holds an operator of a few MB."""
 
@@ -82,7 +85,7 @@ class Config:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        method, options = settled(self.method, self.options, (*LEARNED, *FRAME_MODELS))
+        method, options = settled(self.method, self.options, ANSWERED_BY_MODELS)
         if then := kind_of(method).desmears_with:
             # The version of the model that desmears afterwards has no other place in a result's identity.
             options["method"] = settled(str(options.get("method", then)), {})[0]
@@ -113,8 +116,9 @@ class Config:
         BadInput
             If it is damaged.
         """
-        learned = self.method_name in LEARNED or self.method_name in FRAME_MODELS
-        return load_model(str(self.options.get("model", self.method))) if learned else None
+        if self.method_name not in ANSWERED_BY_MODELS:
+            return None
+        return load_model(str(self.options.get("model", self.method)))
 
     @property
     def sha256(self) -> str:

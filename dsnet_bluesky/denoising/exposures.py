@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from dsnet_bluesky.data import BadInput, describe, join_answers
 from dsnet_bluesky.desmearing import prepare
 from dsnet_bluesky.reduction import Reduction, integrator, invalid_pixels
-from dsnet_bluesky.reduction.geometry import beam_pixel, check_shape
+from dsnet_bluesky.reduction.geometry import beam_pixel, check_shape, divisors
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.versions import Model, load_model
 
@@ -118,10 +118,7 @@ class PreparedPatterns:
         counts = np.where(invalid_pixels(stack, self._ai.detector.name), -1, stack)
         for frame in counts:
             check_counts(frame[None], self.reduction.mask)
-        divisors = np.asarray(time, dtype=float) * np.asarray(monitor) * np.asarray(transmission)
-        divisor = np.broadcast_to(divisors, (len(stack),))
-        if not (np.isfinite(divisor) & (divisor > 0)).all():
-            raise BadInput(f"Exposure time, monitor and transmission must be positive; their product is {divisor}.")
+        divisor = divisors(len(stack), time=time, monitor=monitor, transmission=transmission)
         return xr.Dataset(
             {
                 "counts": (("exposure", "y", "x"), counts.astype(np.int64), {"units": "counts"}),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.network import Network
 
 __all__ = ["DenoiserConfig", "UNet", "Variant"]
 
@@ -74,7 +75,7 @@ class DenoiserConfig:
         return {**asdict(self), "channels": list(self.channels)}
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """A U-Net: two convolutions of 3 x 3 a level, skips that are joined.
 
     Parameters
@@ -99,11 +100,6 @@ class UNet(nn.Module):
     def stride(self) -> int:
         """What rows and columns are padded to a multiple of."""
         return 2 ** (len(self.config.channels) - 1)
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of trainable numbers."""
-        return sum(p.numel() for p in self.parameters())
 
     def forward(self, images: Tensor) -> Tensor:
         """Answer, without an output function.
