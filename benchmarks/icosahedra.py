@@ -3,7 +3,10 @@
 Images are simulated anew, with another seed than those of the training. Writes Markdown and a figure:
 
     python benchmarks/icosahedra.py             # about 25 minutes on one thread, most of it for forward fitting
+    python benchmarks/icosahedra.py --losses    # with a network that learns by the paper's loss: 35 minutes more, once
     python benchmarks/icosahedra.py --quick     # a smoke test
+
+The network with the paper's loss is kept in build/benchmarks/icosahedra-paper-loss.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +30,13 @@ from torch import Tensor
 from dsnet_bluesky.data import Flag
 from dsnet_bluesky.icosahedra import Icosahedra, Simulator
 from dsnet_bluesky.icosahedra.answers import answers, score
-from dsnet_bluesky.icosahedra.images import AUGMENTATIONS, exposed, log_image
+from dsnet_bluesky.icosahedra.images import AUGMENTATIONS, VIEWS, exposed, log_image
 from dsnet_bluesky.icosahedra.multislice import SPHERE
 from dsnet_bluesky.icosahedra.network import RADIUS, Answer, relative_errors
 from dsnet_bluesky.icosahedra.rotations import group, misorientation, multiply, random_quaternions, reduced
-from dsnet_bluesky.training.icosahedra import figures_of
+from dsnet_bluesky.training.icosahedra import Recipe, figures_of, train
 from dsnet_bluesky.versions import load_model
+from dsnet_bluesky.versions.readme import to_toml
 
 SEED = 977
 PEAK = 1e6
@@ -39,6 +44,7 @@ BOUNDARY = 2.0
 """Degrees from the boundary of the fundamental domain within which an orientation is near it."""
 STEPS = 50
 """Simulations of one simplex, as in the paper."""
+PAPER_LOSS = Path(__file__).parents[1] / "build" / "benchmarks" / "icosahedra-paper-loss"
 READINGS = ("intensity", "field", "propagating")
 
 
@@ -116,6 +122,25 @@ def accuracy(reader: Icosahedra, case: Case) -> tuple[list[str], dict[str, Answe
             inside, truth = (Answer(*(part[rows] for part in each)) for each in (answer, case.truth))
             lines.append(line(f"{where} ({float(rows.double().mean()):.0%}), {name}", inside, truth))
     return lines, found
+
+
+def losses(reader: Icosahedra, case: Case, folder: Path, quick: bool) -> list[str]:
+    """Compare with a network that learned by the paper's loss, otherwise by the same recipe; it is trained if it is not there."""
+    if not (folder / "model.toml").exists():
+        values = tomllib.loads((reader.model.path / "recipe.toml").read_text(encoding="utf-8"))
+        values["schedule"]["loss"] = "paper"
+        if quick:
+            values["schedule"]["epochs"] = 1
+            values["data"].update(dict.fromkeys(("training", "validation", "test"), 64))
+        train(Recipe.parse(to_toml(values)), folder)
+    image = log_image(case.counts)
+    readers = {"symmetric (released)": reader, "the paper's": Icosahedra(load_model(str(folder)))}
+    views = {"one view": 1, "eight views": VIEWS}
+    return [
+        line(f"{name}, {asked}", answers(each.network, image, count), case.truth)
+        for asked, count in views.items()
+        for name, each in readers.items()
+    ]
 
 
 def robustness(reader: Icosahedra, case: Case) -> list[str]:
@@ -296,6 +321,13 @@ def speed(reader: Icosahedra, case: Case) -> str:
     return f"One image: {', '.join(words)}."
 
 
+LOSSES = """\
+## Losses
+
+The same images, read by two networks that differ in the loss they learned by.
+
+"""
+
 PROTOCOL = """\
 {count} images of {model}, radii 30 to 160 nm, all orientations alike, {peak:.0e} photons in the brightest pixel and one per pixel
 as background. Relative errors in per cent: of the five parameters, each in its range, the mean and the maximum, averaged over
@@ -312,6 +344,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--fits", type=int, default=30, help="images that are fitted")
     parser.add_argument("--starts", type=int, default=50, help="starts of a fit")
+    parser.add_argument("--losses", action="store_true", help="compare with a network that learns by the paper's loss")
+    parser.add_argument("--paper-loss", type=Path, default=PAPER_LOSS, help="where that network is kept")
     arguments = parser.parse_args(words)
     count, fits, starts = (8, 1, 1) if arguments.quick else (arguments.images, arguments.fits, arguments.starts)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -320,13 +354,13 @@ def main(words: Sequence[str] | None = None) -> None:
     lines, found = accuracy(reader, case)
     draw(found, case.truth, arguments.output / "icosahedra.png")
     some, few = case.first(max(4, count // 2)), _first(case.truth, max(4, count // 4))
+    command = "python benchmarks/icosahedra.py" + " --quick" * arguments.quick + " --losses" * arguments.losses
     parts = [
         "# Icosahedra from one image",
-        provenance(
-            "python benchmarks/icosahedra.py" + " --quick" * arguments.quick, ("dsnet-bluesky", "torch", "numpy", "scipy")
-        ),
+        provenance(command, ("dsnet-bluesky", "torch", "numpy", "scipy")),
         PROTOCOL.format(count=count, model=reader.model.reference, peak=PEAK),
         f"## Errors\n\n{table('images', lines)}\n\n![Histograms of errors](icosahedra.png)",
+        *([LOSSES + table("loss", losses(reader, case, arguments.paper_loss, arguments.quick))] if arguments.losses else []),
         f"## Stated errors and flags\n\n{honesty(reader, case)}\n\n{speed(reader, case)}",
         f"## Augmentations\n\n{len(some.counts)} images, eight views.\n\n{table('change', robustness(reader, some))}",
         f"## Off the model\n\n{len(few.radius)} images, eight views; the median of the score and the share flagged POOR_FIT.\n\n"
