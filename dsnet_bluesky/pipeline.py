@@ -21,7 +21,7 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from .data import BadInput
-from .desmearing import LEARNED, check_options, prepare, settled
+from .desmearing import LEARNED, check_options, prepare, settled, solver_of
 from .kinds import FRAME_MODELS, Kind, kind_of
 from .reduction import MINIMUM_BEAM_COUNTS, Reduction, centred, invalid_pixels, psf
 from .smearing import Smearing
@@ -108,14 +108,15 @@ class Config:
         """The kind of its results."""
         return kind_of(self.method)
 
-    def load_model(self) -> Model | None:
-        """Check the model behind the method, None for a classical method.
+    def check(self) -> Model | None:
+        """Check options and model before any work begins, and give the model behind the method, None for a classical one.
 
         Raises
         ------
         BadInput
-            If it is damaged.
+            If there is no such method or option, an option has a value of the wrong type, or the model is damaged.
         """
+        CHECKED.get(self.method_name, _desmearing_options)(self)
         if self.method_name not in ANSWERED_BY_MODELS:
             return None
         return load_model(str(self.options.get("model", self.method)))
@@ -288,13 +289,22 @@ def _desmearing(exposed: Exposed, config: Config) -> PreparedCurves:
     return PreparedCurves(exposed.instrumental(config), config)
 
 
+def _desmearing_options(config: Config) -> dict[str, Any]:
+    solver_of(config.method_name, config.options)
+    return dict(config.options)
+
+
 def _images(exposed: Exposed, config: Config) -> PreparedImages:
     from .icosahedra.exposures import PreparedImages
 
-    options = dict(config.options)
-    model = options.pop("model", config.method)
-    check_options(config.method_name, PreparedImages, options, given=("poni", "mask", "model", "device"))
-    return PreparedImages(exposed.poni, exposed.mask, model=model, device=config.device, **options)
+    return PreparedImages(exposed.poni, exposed.mask, device=config.device, **_image_options(config))
+
+
+def _image_options(config: Config) -> dict[str, Any]:
+    from .icosahedra.exposures import PreparedImages
+
+    check_options(config.method_name, PreparedImages, config.options, given=("poni", "mask", "device"))
+    return {"model": config.method, **config.options}
 
 
 SECTOR = (0.0, 20.0)
@@ -304,12 +314,19 @@ SECTOR = (0.0, 20.0)
 def _patterns(exposed: Exposed, config: Config) -> PreparedPatterns:
     from .denoising.exposures import PreparedPatterns
 
-    options = dict(config.options)
-    azimuth, width = _sector(options.pop("sector", SECTOR))
-    model = options.pop("model", config.method)
-    check_options(config.method_name, PreparedPatterns, options, given=("reduction", "smearing", "model", "device", "options"))
+    options = _pattern_options(config)
+    azimuth, width = options.pop("sector")
     _, reduction, smearing = exposed.instrumental(config, (azimuth - width / 2, azimuth + width / 2))
-    return PreparedPatterns(reduction, smearing, model=model, device=config.device, **options)
+    return PreparedPatterns(reduction, smearing, device=config.device, **options)
+
+
+def _pattern_options(config: Config) -> dict[str, Any]:
+    from .denoising.exposures import PreparedPatterns
+
+    options = dict(config.options)
+    sector = _sector(options.pop("sector", SECTOR))
+    check_options(config.method_name, PreparedPatterns, options, given=("reduction", "smearing", "device", "options"))
+    return {"model": config.method, **options, "sector": sector}
 
 
 def _sector(value: Any) -> tuple[float, float]:
@@ -321,6 +338,9 @@ def _sector(value: Any) -> tuple[float, float]:
 
 PREPARE: dict[str, Callable[[Exposed, Config], PreparedExposures]] = {"icosahedra": _images, "symmetry-denoiser": _patterns}
 """How models that read frames are prepared; all other methods desmear."""
+
+CHECKED: dict[str, Callable[[Config], dict[str, Any]]] = {"icosahedra": _image_options, "symmetry-denoiser": _pattern_options}
+"""Their options, once they are checked."""
 
 
 def prepare_exposures(

@@ -89,5 +89,5 @@ def test_another_wavelength_fails_with_its_reason(client, shoot):
 
 def test_options_are_checked(camera):
     config = Config(method="icosahedra", options={"windows": 3})
-    with pytest.raises(BadInput, match="icosahedra has no option windows; its options are views, polarisation"):
+    with pytest.raises(BadInput, match="icosahedra has no option windows; its options are model, views, polarisation"):
         prepare_exposures(None, camera.poni, config=config)

@@ -206,6 +206,8 @@ class TestBadInput:
         fails(*known, "-o", "magic", match="NAME=VALUE")
         for command in ("replay", "watch", "status"):
             fails(command, "-o", "magic", match="NAME=VALUE")
+        for command in ("replay", "watch"):
+            fails(command, "-o", "magic=1", match="dsnet has no option magic; its options are")
         fails(*known, "-m", "map", "-o", "weight=abc", match="map: weight is 'abc'; it takes a finite number or null")
         fails(*known, "-m", "map", "-o", "weight=NaN", match="weight is nan")
         fails(*known, "-m", "lake", "-o", "iterations=1.5", match="iterations is 1.5; it takes a whole number or null")

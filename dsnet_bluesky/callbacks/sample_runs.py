@@ -141,7 +141,7 @@ class SampleRuns:
         self.redo: set[str] = set()
         self._client, self._config = client, config
         # Its results name the model also where they failed: one that another model failed with is another result.
-        self._model = config.load_model()
+        self._model = config.check()
         self._data_key, self._replace_failed = data_key, replace_failed
         self._runs: dict[str, _Run] = {}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import LOCAL, METHOD_HELP, ApiKey, Uri, app, connect, finite, say
+from .common import LOCAL, METHOD_HELP, ApiKey, Uri, app, connect, finite, say, settle
 
 if TYPE_CHECKING:
     from dsnet_bluesky.pipeline import Config
@@ -40,9 +40,8 @@ def ingest(
     runs are recorded, but nothing subtracts them yet.
     """
     from dsnet_bluesky.ingest import ingest as ingest_files
-    from dsnet_bluesky.pipeline import Config
 
-    config = Config(method=method)  # before anything is registered: a model that is not there is no half of the work
+    config = settle(method)  # before anything is registered: a model that is not there is no half of the work
     client = connect(uri, api_key)
     uids = ingest_files(
         files,
@@ -81,10 +80,7 @@ def pair(
     api_key: ApiKey = None,
 ) -> None:
     """Desmear runs again with another direct beam. That makes new results; those that are there stay."""
-    from dsnet_bluesky.pipeline import Config
-
-    config = Config(method=method)
-    _desmear_runs(connect(uri, api_key), run, config, direct_beam=direct_beam)
+    _desmear_runs(connect(uri, api_key), run, settle(method), direct_beam=direct_beam)
 
 
 def _desmear_runs(client: Any, uids: list[str], config: Config, *, direct_beam: str | None = None) -> None:
@@ -95,7 +91,7 @@ def _desmear_runs(client: Any, uids: list[str], config: Config, *, direct_beam: 
     from dsnet_bluesky.data import BadInput
     from dsnet_bluesky.derived import lookup
 
-    model = config.load_model()
+    model = config.check()
     for uid in uids:
         if lookup(client["raw"], uid) is None:
             raise BadInput(f"The catalog holds no run {uid}; give its whole uid.")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from dsnet_bluesky.pipeline import Config
 
 __all__ = [
     "FRAMES_HELP",
@@ -23,6 +26,7 @@ __all__ = [
     "finite",
     "parse_options",
     "say",
+    "settle",
 ]
 
 METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version or an alias may follow: dsnet:2.0.0, dsnet:latest."
@@ -75,6 +79,23 @@ def main(
 
         say(__version__)
         raise typer.Exit
+
+
+def settle(method: str, option: list[str] | None = None, device: str = "cpu") -> Config:
+    """Settle what is to be done, before a server is asked for anything.
+
+    Raises
+    ------
+    BadInput
+        If there is no such method, model, option or device.
+    """
+    from dsnet_bluesky.network import check_device
+    from dsnet_bluesky.pipeline import Config
+
+    check_device(device)
+    config = Config(method=method, options=parse_options(option), device=device)
+    config.check()
+    return config
 
 
 def parse_options(texts: list[str] | None) -> dict[str, Any]:

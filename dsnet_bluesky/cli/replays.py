@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .common import LOCAL, ApiKey, Options, Uri, app, connect, parse_options, say
+from .common import LOCAL, ApiKey, Options, Uri, app, connect, say, settle
 
 if TYPE_CHECKING:
     from dsnet_bluesky.replay import Summary
@@ -57,13 +57,10 @@ def replay(
     Exit status: 0 all is done; 1 something failed, or differs; 2 unusable input; 3 interrupted, start it again.
     """
     from dsnet_bluesky import questions
-    from dsnet_bluesky.network import check_device
-    from dsnet_bluesky.pipeline import Config
     from dsnet_bluesky.replay import replay as run
 
     logging.getLogger("distributed").setLevel("ERROR")
-    check_device(device)
-    config = Config(method=model, options=parse_options(option), device=device)
+    config = settle(model, option, device)
     asked = [question for item in query or [] for question in questions.parse_query(item)]
     if since is not None:
         asked += questions.parse_query(f"since={since}")

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import FRAMES_HELP, LOCAL, METHOD_HELP, ApiKey, Options, Uri, app, connect, finite, parse_options, say
+from .common import FRAMES_HELP, LOCAL, METHOD_HELP, ApiKey, Options, Uri, app, connect, finite, parse_options, say, settle
 
 __all__ = ["demo", "serve", "show_status", "watch"]
 
@@ -79,14 +79,11 @@ def watch(
     """
     # Of Tiled's client, before it is imported: the watcher has its own patience, and must hear of SIGTERM in between.
     os.environ.setdefault("TILED_RETRY_ATTEMPTS", "1")
-    from dsnet_bluesky.network import check_device
-    from dsnet_bluesky.pipeline import Config
     from dsnet_bluesky.watch import Watcher, follow_documents, serve_metrics
 
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("dsnet_bluesky").setLevel("INFO")
-    check_device(device)
-    config = Config(method=method, options=parse_options(option), device=device)
+    config = settle(method, option, device)
     client = connect(uri, api_key)
     watcher = Watcher(client, config=config, max_age=86_400 * since, max_beam_age=3600 * max_beam_age, scan_interval=interval)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,7 +113,7 @@ def show_status(
     from dsnet_bluesky.pipeline import Config
     from dsnet_bluesky.watch import read_status
 
-    config = Config(method=method, options=parse_options(option))
+    config = Config(method=method, options=parse_options(option))  # unchecked: that takes torch, and seconds
     found = read_status(connect(uri, api_key), config=config, since=time.time() - 86_400 * since, watchers=watcher or ())
     if as_json:
         say(json.dumps(found.to_dict()))

@@ -35,7 +35,7 @@ from dsnet_bluesky.versions import resolve
 
 from .kernels import widths_below
 
-__all__ = ["LEARNED", "METHODS", "Method", "Prepared", "Solution", "check_options", "desmear", "prepare", "settled"]
+__all__ = ["LEARNED", "METHODS", "Method", "Prepared", "Solution", "check_options", "desmear", "prepare", "settled", "solver_of"]
 
 METHODS: dict[str, str] = {
     "lake": "dsnet_bluesky.desmearing.lake:Lake",
@@ -160,15 +160,34 @@ def prepare(smearing: Smearing, method: str = "dsnet", **options: Any) -> Prepar
         If the method or an option is unknown, an option has a value of the wrong type,
         or the operator is wider than half its q range.
     """
-    name = method.partition(":")[0]
-    if name not in METHODS:
-        raise BadInput(f"There is no method {name!r}; the methods are {', '.join(sorted(METHODS))}.")
     method, options = settled(method, options)
+    name = method.partition(":")[0]
+    solver = solver_of(name, options)
     _check_range(smearing)
-    solver = pkgutil.resolve_name(METHODS[name])
-    check_options(name, solver, options, given=("smearing",))
     model = {"model": method} if name in LEARNED and "model" not in options else {}
     return Prepared(smearing, name, options, solver(smearing, **options, **model))
+
+
+def solver_of(name: str, options: Mapping[str, Any]) -> type[Method]:
+    """Find the class behind a method.
+
+    Parameters
+    ----------
+    name
+        The method, without a version.
+    options
+        What it is to be made with.
+
+    Raises
+    ------
+    BadInput
+        If the method or an option is unknown, or an option has a value of the wrong type.
+    """
+    if name not in METHODS:
+        raise BadInput(f"There is no method {name!r}; the methods are {', '.join(sorted(METHODS))}.")
+    solver = pkgutil.resolve_name(METHODS[name])
+    check_options(name, solver, options, given=("smearing",))
+    return solver
 
 
 def settled(method: str, options: Mapping[str, Any], learned: Sequence[str] = LEARNED) -> tuple[str, dict[str, Any]]:

@@ -178,7 +178,7 @@ def replay(
     A local cluster starts processes: a script that calls this needs ``if __name__ == "__main__":``.
     """
     config = config or Config(method=model)
-    config.load_model()  # a damaged one is refused before anything is begun
+    config.check()  # what cannot work is refused before anything is begun
     if batch < 1:
         raise BadInput(f"A batch holds at least one run, not {batch}.")
     selection = Selection(client, config, questions, retry_failed=retry_failed)
