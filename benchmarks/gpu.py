@@ -3,6 +3,8 @@
 Needs a GPU that torch can use, and nothing of the catalog: numpy, scipy, torch, xarray and safetensors will do.
 
     python benchmarks/gpu.py --output benchmarks/results/gpu.md     # about a minute
+    python benchmarks/gpu.py --stages                               # only where the time goes, in seconds
+    python benchmarks/gpu.py --stages --device cpu                  # the same without a GPU
 
 The curves are those of `benchmarks/speed.py`. Agreement is that of ln I between the devices, for curves that both answer with
 the network. Times are of whole calls, `prepared(curves)`, with checks, errors, re-smearing, and the way to the device and
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,39 @@ def on_device(smearing: Any, curves: Any, options: dict[str, Any], size: int = 2
     return size / usual(once, 1.5, 20)
 
 
+@torch.inference_mode()
+def stages(grid: Grid, device: str, size: int = 2048) -> list[str]:
+    """Say how long each stage takes for a batch of one instrument, in us a curve, and what the ladder's operations take."""
+    smearing, curves = grid.build(None), many(grid, size)
+    method = DSNet(smearing, device=device)
+    operator = method.operator
+    I, Idev = method.working.curves(curves["I"].values, curves["Idev"].values)
+    wide = {"dtype": torch.float64, "device": device}
+    scale = np.abs(I).mean(axis=1, keepdims=True)
+    scaled = torch.as_tensor(I / scale, **wide), torch.as_tensor(Idev / scale, **wide)
+    features = features_of(operator, I, Idev)
+    assert operator.ladder is not None
+    ladder = operator.ladder
+    normal = torch.eye(130, **wide).expand(size, -1, -1).contiguous()
+    tall = torch.ones(size, smearing.q.size, 130, **wide)
+    works: dict[str, Callable[[], Any]] = {
+        "features in all": lambda: features_of(operator, I, Idev),
+        "of that the ladder": lambda: ladder(*scaled),
+        "network": lambda: method.network(operator, features),
+        "whole pass": lambda: method(curves["I"].values, curves["Idev"].values),
+        "one Cholesky factor of 130": lambda: torch.linalg.cholesky_ex(normal),
+        "one inverse of a factor of 130": lambda: torch.linalg.solve_triangular(normal, normal, upper=False),
+        "one normal matrix of 130": lambda: tall.mT @ tall,
+    }
+
+    def once(work: Callable[[], Any]) -> None:
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return [f"| {name} | {1e6 * usual(lambda w=work: once(w), 1.5, 9) / size:,.1f} |" for name, work in works.items()]
+
+
 def rows(measure: Callable[[Grid, dict[str, Any]], str]) -> list[str]:
     """Return a row of a table for every instrument and method."""
     found = []
@@ -87,12 +122,8 @@ def rows(measure: Callable[[Grid, dict[str, Any]], str]) -> list[str]:
     return found
 
 
-def main() -> None:
-    """Run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    output = parser.parse_args().output
-    started = time.perf_counter()
+def report() -> list[str]:
+    """Measure agreement and rates on the GPU."""
     lines = [
         "# dsnet on a GPU",
         "",
@@ -115,11 +146,31 @@ def main() -> None:
         "|---|---|" + "---|" * (len(SIZES) + 1),
     ]
     lines += rows(rates)
-    lines += ["", f"Largest memory of the device in use: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB."]
+    lines += ["", f"Largest memory of the device in use: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB.", ""]
+    return [*lines, *where(next(iter(GRIDS.values())), "cuda", 2048)]
+
+
+def where(grid: Grid, device: str, size: int) -> list[str]:
+    """Lay out `stages`."""
+    head = [f"## Where the time goes: {grid.title}, {size:,} curves, {device}", "", "| stage | us a curve |", "|---|---|"]
+    return head + stages(grid, device, size)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--stages", action="store_true", help="only where the time goes")
+    parser.add_argument("--device", default="cuda", help="of --stages")
+    parser.add_argument("--curves", type=int, default=2048, help="of --stages")
+    arguments = parser.parse_args(words)
+    started = time.perf_counter()
+    grid = next(iter(GRIDS.values()))
+    lines = where(grid, arguments.device, arguments.curves) if arguments.stages else report()
     text = "\n".join(lines) + "\n"
     print(text, f"{time.perf_counter() - started:.0f} s")
-    if output:
-        output.write_text(text, encoding="utf-8")
+    if arguments.output:
+        arguments.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

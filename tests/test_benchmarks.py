@@ -145,3 +145,11 @@ def test_networks_without_the_operator_answer_by_features_alone(name, variants, 
     assert_same(*(network(operator, features) for operator in operators))
     complete = Unrolled(config)
     assert not torch.equal(*(complete(operator, features).ln_I for operator in operators))
+
+
+def test_stages_of_a_pass_are_timed_on_any_device(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    path = tmp_path / "stages.md"
+    importlib.import_module("gpu").main(["--stages", "--device", "cpu", "--curves", "4", "--output", str(path)])
+    times = dict(re.findall(r"^\| ([a-z 0-9A-Z]+) \| ([0-9,.]+) \|$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert float(times["whole pass"].replace(",", "")) > float(times["network"].replace(",", "")) > 0
