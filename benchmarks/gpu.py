@@ -28,9 +28,12 @@ from speed import GRIDS, Grid, spheres, usual
 from dsnet_bluesky.desmearing import prepare
 from dsnet_bluesky.dsnet import DSNet
 from dsnet_bluesky.features import features_of
+from dsnet_bluesky.training.machine import hardware
 
 SIZES = (1, 32, 512, 8192)
 COMPARED = 256
+LARGE = 130
+"""Rows of the largest normal matrices of the indirect transform."""
 OPTIONS: dict[str, dict[str, Any]] = {"dsnet": {}, "dsnet, half": {"half": True}}
 
 
@@ -92,21 +95,21 @@ def stages(grid: Grid, device: str, size: int = 2048) -> list[str]:
     features = features_of(operator, I, Idev)
     assert operator.ladder is not None
     ladder = operator.ladder
-    normal = torch.eye(130, **wide).expand(size, -1, -1).contiguous()
-    tall = torch.ones(size, smearing.q.size, 130, **wide)
+    normal = torch.eye(LARGE, **wide).expand(size, -1, -1).contiguous()
+    tall = torch.ones(size, smearing.q.size, LARGE, **wide)
     works: dict[str, Callable[[], Any]] = {
         "features in all": lambda: features_of(operator, I, Idev),
         "of that the ladder": lambda: ladder(*scaled),
         "network": lambda: method.network(operator, features),
         "whole pass": lambda: method(curves["I"].values, curves["Idev"].values),
-        "one Cholesky factor of 130": lambda: torch.linalg.cholesky_ex(normal),
-        "one inverse of a factor of 130": lambda: torch.linalg.solve_triangular(normal, normal, upper=False),
-        "one normal matrix of 130": lambda: tall.mT @ tall,
+        f"one Cholesky factor of {LARGE}": lambda: torch.linalg.cholesky_ex(normal),
+        f"one inverse of a factor of {LARGE}": lambda: torch.linalg.solve_triangular(normal, normal, upper=False),
+        f"one normal matrix of {LARGE}": lambda: tall.mT @ tall,
     }
 
     def once(work: Callable[[], Any]) -> None:
         work()
-        if device != "cpu":
+        if device.startswith("cuda"):
             torch.cuda.synchronize()
 
     return [f"| {name} | {1e6 * usual(lambda w=work: once(w), 1.5, 9) / size:,.1f} |" for name, work in works.items()]
@@ -152,7 +155,12 @@ def report() -> list[str]:
 
 def where(grid: Grid, device: str, size: int) -> list[str]:
     """Lay out `stages`."""
-    head = [f"## Where the time goes: {grid.title}, {size:,} curves, {device}", "", "| stage | us a curve |", "|---|---|"]
+    head = [
+        f"## Where the time goes: {grid.title}, {size:,} curves, {hardware(device)}",
+        "",
+        "| stage | us a curve |",
+        "|---|---|",
+    ]
     return head + stages(grid, device, size)
 
 

@@ -324,7 +324,7 @@ def speed(reader: Icosahedra, case: Case) -> str:
 LOSSES = """\
 ## Losses
 
-The same images, read by two networks that differ in the loss they learned by.
+The same images, read by two networks that differ in the loss they learned by; one training each.
 
 """
 
@@ -345,9 +345,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--fits", type=int, default=30, help="images that are fitted")
     parser.add_argument("--starts", type=int, default=50, help="starts of a fit")
     parser.add_argument("--losses", action="store_true", help="compare with a network that learns by the paper's loss")
-    parser.add_argument("--paper-loss", type=Path, default=PAPER_LOSS, help="where that network is kept")
+    parser.add_argument("--paper-loss", type=Path, help=f"where that network is kept (default: {PAPER_LOSS.name} in build/)")
     arguments = parser.parse_args(words)
     count, fits, starts = (8, 1, 1) if arguments.quick else (arguments.images, arguments.fits, arguments.starts)
+    paper = arguments.paper_loss or (arguments.output / "paper-loss" if arguments.quick else PAPER_LOSS)
     arguments.output.mkdir(parents=True, exist_ok=True)
     reader = Icosahedra(load_model(arguments.model))
     case = measured(reader.simulator, drawn(count))
@@ -360,7 +361,7 @@ def main(words: Sequence[str] | None = None) -> None:
         provenance(command, ("dsnet-bluesky", "torch", "numpy", "scipy")),
         PROTOCOL.format(count=count, model=reader.model.reference, peak=PEAK),
         f"## Errors\n\n{table('images', lines)}\n\n![Histograms of errors](icosahedra.png)",
-        *([LOSSES + table("loss", losses(reader, case, arguments.paper_loss, arguments.quick))] if arguments.losses else []),
+        *([LOSSES + table("loss", losses(reader, case, paper, arguments.quick))] if arguments.losses else []),
         f"## Stated errors and flags\n\n{honesty(reader, case)}\n\n{speed(reader, case)}",
         f"## Augmentations\n\n{len(some.counts)} images, eight views.\n\n{table('change', robustness(reader, some))}",
         f"## Off the model\n\n{len(few.radius)} images, eight views; the median of the score and the share flagged POOR_FIT.\n\n"

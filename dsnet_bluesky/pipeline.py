@@ -109,14 +109,24 @@ class Config:
         return kind_of(self.method)
 
     def check(self) -> Model | None:
-        """Check options and model before any work begins, and give the model behind the method, None for a classical one.
+        """Check options and model before any work begins, and give the model, as `load_model`; it takes torch, and seconds.
 
         Raises
         ------
         BadInput
             If there is no such method or option, an option has a value of the wrong type, or the model is damaged.
         """
-        CHECKED.get(self.method_name, _desmearing_options)(self)
+        OPTIONS.get(self.method_name, _desmearing_options)(self)
+        return self.load_model()
+
+    def load_model(self) -> Model | None:
+        """Check the model behind the method, None for a classical method.
+
+        Raises
+        ------
+        BadInput
+            If it is damaged.
+        """
         if self.method_name not in ANSWERED_BY_MODELS:
             return None
         return load_model(str(self.options.get("model", self.method)))
@@ -258,8 +268,7 @@ class PreparedCurves:
     def __init__(self, instrumental: Instrumental, config: Config) -> None:
         self.psf, self.reduction, self.smearing = instrumental
         self.q = self.reduction.q
-        device = {} if config.device == "cpu" else {"device": config.device}
-        self._method = prepare(self.smearing, config.method, **{**config.options, **device})
+        self._method = prepare(self.smearing, config.method, **_desmearing_options(config))
         self.model: Model | None = self._method.model
 
     def __call__(
@@ -290,8 +299,9 @@ def _desmearing(exposed: Exposed, config: Config) -> PreparedCurves:
 
 
 def _desmearing_options(config: Config) -> dict[str, Any]:
-    solver_of(config.method_name, config.options)
-    return dict(config.options)
+    options = {**config.options, **({} if config.device == "cpu" else {"device": config.device})}
+    solver_of(config.method_name, options)
+    return options
 
 
 def _images(exposed: Exposed, config: Config) -> PreparedImages:
@@ -326,6 +336,7 @@ def _pattern_options(config: Config) -> dict[str, Any]:
     options = dict(config.options)
     sector = _sector(options.pop("sector", SECTOR))
     check_options(config.method_name, PreparedPatterns, options, given=("reduction", "smearing", "device", "options"))
+    solver_of(str(options["method"]).partition(":")[0], {})
     return {"model": config.method, **options, "sector": sector}
 
 
@@ -339,7 +350,7 @@ def _sector(value: Any) -> tuple[float, float]:
 PREPARE: dict[str, Callable[[Exposed, Config], PreparedExposures]] = {"icosahedra": _images, "symmetry-denoiser": _patterns}
 """How models that read frames are prepared; all other methods desmear."""
 
-CHECKED: dict[str, Callable[[Config], dict[str, Any]]] = {"icosahedra": _image_options, "symmetry-denoiser": _pattern_options}
+OPTIONS: dict[str, Callable[[Config], dict[str, Any]]] = {"icosahedra": _image_options, "symmetry-denoiser": _pattern_options}
 """Their options, once they are checked."""
 
 

@@ -39,9 +39,7 @@ def test_a_quick_run_writes_a_whole_report(name, samples, tmp_path, monkeypatch)
 def test_a_quick_run_reads_icosahedra(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     # By its path: the tests have a package of that name.
-    runpy.run_path(str(BENCHMARKS / "icosahedra.py"))["main"](
-        ["--quick", "--losses", "--paper-loss", str(tmp_path / "paper-loss"), "--output", str(tmp_path)]
-    )
+    runpy.run_path(str(BENCHMARKS / "icosahedra.py"))["main"](["--quick", "--losses", "--output", str(tmp_path)])
     report = (tmp_path / "icosahedra.md").read_text(encoding="utf-8")
     rows = ("all, eight views", "the paper's, one view", "central hole", "as trained", "averaged with opposite pixels", "network")
     for row in (*rows, "1 random start"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import LOCAL, METHOD_HELP, ApiKey, Uri, app, connect, finite, say, settle
+from .common import LOCAL, METHOD_HELP, ApiKey, Uri, app, checked_config, connect, finite, say
 
 if TYPE_CHECKING:
     from dsnet_bluesky.pipeline import Config
@@ -41,7 +41,8 @@ def ingest(
     """
     from dsnet_bluesky.ingest import ingest as ingest_files
 
-    config = settle(method)  # before anything is registered: a model that is not there is no half of the work
+    # Before anything is registered: a model that is not there is no half of the work.
+    config = checked_config(method) if desmear and purpose == "sample" else None
     client = connect(uri, api_key)
     uids = ingest_files(
         files,
@@ -58,7 +59,7 @@ def ingest(
     )
     for uid in uids:
         say(uid)
-    if desmear and purpose == "sample":
+    if config is not None:
         _desmear_runs(client, uids, config)
 
 
@@ -80,7 +81,7 @@ def pair(
     api_key: ApiKey = None,
 ) -> None:
     """Desmear runs again with another direct beam. That makes new results; those that are there stay."""
-    _desmear_runs(connect(uri, api_key), run, settle(method), direct_beam=direct_beam)
+    _desmear_runs(connect(uri, api_key), run, checked_config(method), direct_beam=direct_beam)
 
 
 def _desmear_runs(client: Any, uids: list[str], config: Config, *, direct_beam: str | None = None) -> None:
@@ -91,7 +92,7 @@ def _desmear_runs(client: Any, uids: list[str], config: Config, *, direct_beam: 
     from dsnet_bluesky.data import BadInput
     from dsnet_bluesky.derived import lookup
 
-    model = config.check()
+    model = config.load_model()
     for uid in uids:
         if lookup(client["raw"], uid) is None:
             raise BadInput(f"The catalog holds no run {uid}; give its whole uid.")

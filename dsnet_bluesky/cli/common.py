@@ -22,11 +22,11 @@ __all__ = [
     "Options",
     "Uri",
     "app",
+    "checked_config",
     "connect",
     "finite",
     "parse_options",
     "say",
-    "settle",
 ]
 
 METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version or an alias may follow: dsnet:2.0.0, dsnet:latest."
@@ -81,18 +81,20 @@ def main(
         raise typer.Exit
 
 
-def settle(method: str, option: list[str] | None = None, device: str = "cpu") -> Config:
-    """Settle what is to be done, before a server is asked for anything.
+def checked_config(method: str, option: list[str] | None = None, device: str = "cpu") -> Config:
+    """Settle and check what is to be done, before a server is asked for anything.
 
     Raises
     ------
     BadInput
         If there is no such method, model, option or device.
     """
-    from dsnet_bluesky.network import check_device
     from dsnet_bluesky.pipeline import Config
 
-    check_device(device)
+    if device != "cpu":
+        from dsnet_bluesky.network import check_device
+
+        check_device(device)
     config = Config(method=method, options=parse_options(option), device=device)
     config.check()
     return config

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .common import LOCAL, ApiKey, Options, Uri, app, connect, say, settle
+from .common import LOCAL, ApiKey, Options, Uri, app, checked_config, connect, say
 
 if TYPE_CHECKING:
     from dsnet_bluesky.replay import Summary
@@ -60,7 +60,7 @@ def replay(
     from dsnet_bluesky.replay import replay as run
 
     logging.getLogger("distributed").setLevel("ERROR")
-    config = settle(model, option, device)
+    config = checked_config(model, option, device)
     asked = [question for item in query or [] for question in questions.parse_query(item)]
     if since is not None:
         asked += questions.parse_query(f"since={since}")

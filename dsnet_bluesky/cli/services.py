@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import FRAMES_HELP, LOCAL, METHOD_HELP, ApiKey, Options, Uri, app, connect, finite, parse_options, say, settle
+from .common import (
+    FRAMES_HELP,
+    LOCAL,
+    METHOD_HELP,
+    ApiKey,
+    Options,
+    Uri,
+    app,
+    checked_config,
+    connect,
+    finite,
+    parse_options,
+    say,
+)
 
 __all__ = ["demo", "serve", "show_status", "watch"]
 
@@ -83,7 +96,7 @@ def watch(
 
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("dsnet_bluesky").setLevel("INFO")
-    config = settle(method, option, device)
+    config = checked_config(method, option, device)
     client = connect(uri, api_key)
     watcher = Watcher(client, config=config, max_age=86_400 * since, max_beam_age=3600 * max_beam_age, scan_interval=interval)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,7 +126,7 @@ def show_status(
     from dsnet_bluesky.pipeline import Config
     from dsnet_bluesky.watch import read_status
 
-    config = Config(method=method, options=parse_options(option))  # unchecked: that takes torch, and seconds
+    config = Config(method=method, options=parse_options(option))  # unchecked: quick
     found = read_status(connect(uri, api_key), config=config, since=time.time() - 86_400 * since, watchers=watcher or ())
     if as_json:
         say(json.dumps(found.to_dict()))

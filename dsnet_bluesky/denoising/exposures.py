@@ -17,7 +17,7 @@ from dsnet_bluesky.versions import Model, load_model
 
 from . import SymmetryDenoiser
 from .orientation import Orientations, scatter
-from .sectors import RANK, REPLICAS, DesmearedSector, Resampled, desmeared, resample, sector_of
+from .sectors import CORRECTED, RANK, REPLICAS, DesmearedSector, Resampled, desmeared, resample, sector_of
 from .symmetry import check_counts
 
 __all__ = ["PreparedPatterns"]
@@ -139,7 +139,8 @@ class PreparedPatterns:
         xarray.Dataset
             Per exposure `denoised` (y, x), `counts_per_pixel`, `chi2_symmetry`, `chi2_rings`; on q `orientation` and
             `anisotropy` of the whole rings with their errors (`orientation`), and what `desmearing.desmear` gives for the
-            sector, with the covariance of its noise (`noise_factor`, `noise_own`; `desmearing.covariance` reads it).
+            sector, with the covariance of its noise (`noise_factor`, `noise_own`; `desmearing.covariance` reads it). The sector
+            is corrected for half of the bias that the bootstrap sees (`sectors.CORRECTED`), frames and orientations are not.
             `flags` of both, and `status`. An exposure that cannot be denoised among others that can is a row of NaN.
 
         Raises
@@ -182,5 +183,6 @@ class PreparedPatterns:
             "model_sha256": self.model.sha256,
             "desmeared_by": result.attrs.get("model", result.attrs["method"]),
             "replicas": self.replicas,
+            "bias_corrected": CORRECTED,
         }
         return describe(result.assign(columns).assign_attrs(about)).expand_dims("exposure")

@@ -3,7 +3,9 @@
 The pixels of a denoised frame are correlated and their noise is not Poisson's, so the errors of a reduction do not hold
 for them. Instead the denoised frame is taken for the truth: frames are drawn from it, denoised and integrated
 like the measured one, and their scatter is the error (B. Efron, R. Tibshirani, An Introduction to the
-Bootstrap, 1993). Correlations come with it. Bias does not: for that see `chi2_rings`.
+Bootstrap, 1993). Correlations come with it. What denoising smooths away once it smooths away again, so
+the replicas lie below a peak by about as much as the denoised frame does: half of that is given back (`CORRECTED`).
+That makes noise too, so each replica is drawn from once more, and corrected likewise.
 
 The curve is one of a `Reduction` with a sector, so its operator is ``reduction.smearing(direct_beam)``.
 """
@@ -32,6 +34,7 @@ __all__ = [
     "Resampled",
     "SectorCurve",
     "bootstrap",
+    "corrected",
     "desmear_sector",
     "desmeared",
     "integrate",
@@ -46,6 +49,10 @@ REPLICAS = 32
 RANK = 8
 """Columns of the covariance's factor."""
 
+CORRECTED = 0.5
+"""Part of the bias seen by the bootstrap that is taken away. All of it costs as much in noise as it brings: sectors of validation
+frames of 10 photons a pixel err by 3.63 % without, by 3.60 % with all of it and by 3.49 % with half."""
+
 LEAST_ERROR = 1e-3
 """A point is taken as no better known than to this part of the mean error: bins that the rings fix entirely do not scatter."""
 
@@ -57,6 +64,8 @@ class Resampled(NamedTuple):
     """Of `SymmetryDenoiser`, without `exposure`."""
     again: Floats
     """Denoised replicas, shape (replica, y, x)."""
+    twice: Floats
+    """Denoised replicas of these replicas, one of each, shape (replica, y, x)."""
 
 
 class SectorCurve(NamedTuple):
@@ -67,7 +76,7 @@ class SectorCurve(NamedTuple):
     covariance: Covariance
     """Of I."""
     replicas: Floats
-    """Curves of the replicas, shape (replica, q)."""
+    """Curves that scatter about I as it does about the truth, shape (replica, q)."""
 
 
 class DesmearedSector(NamedTuple):
@@ -102,7 +111,7 @@ def resample(
     seed: int = 0,
     **options: Any,
 ) -> Resampled:
-    """Denoise one exposure, and frames that are drawn from the answer as if it were the truth.
+    """Denoise one exposure, and frames that are drawn from the answer as if it were the truth, and from their answers again.
 
     Parameters
     ----------
@@ -127,11 +136,15 @@ def resample(
     frame, masked = check_counts(np.asarray(counts)[None], mask)
     found = denoiser(frame, centre, masked, **options)
     denoised = found["denoised"].values[0]
-    mean = np.where(masked | ~np.isfinite(denoised), 0.0, denoised)
-    drawn = np.random.default_rng(seed).poisson(mean, (replicas, *mean.shape))
-    # Drawn from a symmetric frame: a test of its symmetry could only fail by chance.
-    again = denoiser(drawn, centre, masked, **{**options, "test": False})["denoised"].values
-    return Resampled(found.isel(exposure=0), again)
+    rng = np.random.default_rng(seed)
+
+    def redrawn(mean: Floats) -> Floats:
+        drawn = rng.poisson(np.where(masked | ~np.isfinite(mean), 0.0, mean))
+        # Drawn from symmetric frames: a test of their symmetry could only fail by chance.
+        return denoiser(drawn, centre, masked, **{**options, "test": False})["denoised"].values
+
+    again = redrawn(np.repeat(denoised[None], replicas, axis=0))
+    return Resampled(found.isel(exposure=0), again, redrawn(again))
 
 
 def bootstrap(
@@ -164,7 +177,7 @@ def bootstrap(
 
 
 def sector_of(resampled: Resampled, reduction: Reduction, *, rank: int = RANK, divisor: float = 1.0) -> SectorCurve:
-    """Integrate a sector of a denoised exposure and of its replicas.
+    """Integrate a sector of a denoised exposure and of its replicas, and correct it for half of the bias that these show.
 
     Parameters
     ----------
@@ -177,11 +190,33 @@ def sector_of(resampled: Resampled, reduction: Reduction, *, rank: int = RANK, d
     divisor
         Of intensities: exposure time, monitor, transmission.
     """
-    frames = np.concatenate([resampled.found["denoised"].values[None], resampled.again])
-    I, *curves = integrate(frames, reduction) / divisor
-    found = low_rank(np.array(curves), rank)
+    denoised, again, twice = (
+        integrate(frames, reduction) / divisor
+        for frames in (resampled.found["denoised"].values[None], resampled.again, resampled.twice)
+    )
+    I = corrected(denoised[0], again.mean(axis=0))
+    replicas = I + _scatter(again, twice)
+    found = low_rank(replicas, rank)
     Idev = np.sqrt((found.factor**2).sum(axis=1) + found.own**2)
-    return SectorCurve(curve(reduction.q, I, Idev, units="1", replicas=len(curves)), found, np.array(curves))
+    return SectorCurve(curve(reduction.q, I, Idev, units="1", replicas=len(replicas)), found, replicas)
+
+
+def corrected(I: Floats, again: Floats) -> Floats:
+    """Correct a sector curve for half of the bias by which the mean of its replicas differs from it."""
+    return I - CORRECTED * (again - I)
+
+
+def _scatter(again: Floats, twice: Floats) -> Floats:
+    """Give deviations of corrected replicas, shape (replica, q).
+
+    A replica is corrected by one draw where the curve has the mean of many: the noise of that draw, which is that of a replica,
+    is taken out of the scatter again.
+    """
+    found = corrected(again, twice)
+    found = found - found.mean(axis=0)
+    whole, extra = found.var(axis=0), CORRECTED**2 * (1 - 1 / len(again)) * again.var(axis=0)
+    part = np.clip(1 - extra / np.where(whole > 0, whole, 1.0), 0.25, 1.0)
+    return found * np.sqrt(part)
 
 
 def low_rank(samples: Floats, rank: int = RANK) -> Covariance:

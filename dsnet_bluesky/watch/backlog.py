@@ -68,7 +68,7 @@ class Backlog:
         self._raw, self._results = mount(client, "raw"), mount(client, config.kind.mount)
         self._config, self._wanted, self._max_age = config, since, max_age
         self._since, self._offset = since, math.inf
-        model = config.check()
+        model = config.load_model()
         self._model = model.sha256 if model else ""
         self._beams = -1
         self._looked_at = 0

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.denoising import SymmetryDenoiser
@@ -11,12 +12,12 @@ from dsnet_bluesky.denoising.likelihood import Views, deal_shares, deviance, est
 from dsnet_bluesky.denoising.network import DenoiserConfig, UNet
 from dsnet_bluesky.denoising.paper import halves, paper_estimate
 from dsnet_bluesky.denoising.rings import ring_sums, rings_about
-from dsnet_bluesky.denoising.sectors import bootstrap, desmear_sector, integrate, low_rank
+from dsnet_bluesky.denoising.sectors import Resampled, bootstrap, desmear_sector, integrate, low_rank, sector_of
 from dsnet_bluesky.denoising.symmetry import fold, mate
 from dsnet_bluesky.reduction import Reduction
 from dsnet_bluesky.sim.anisotropic import AnisotropicScan
 from dsnet_bluesky.smearing import Smearing
-from dsnet_bluesky.training.denoiser import DenoiserRecipe, train_denoiser
+from dsnet_bluesky.training.denoiser import DenoiserRecipe, Training, prepare_scan, train_denoiser
 from dsnet_bluesky.versions import Model, install_model, load_model
 from tests.denoising import small
 
@@ -177,6 +178,25 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path):
     assert found[0] == found[1]
 
 
+def test_the_last_weights_are_kept_unless_earlier_ones_were_surely_better():
+    recipe = DenoiserRecipe(steps=40, batch=2, crop=32, architecture=DenoiserConfig(channels=(4, 4)))
+    state = Training(recipe, prepare_scan(SCAN.frames(10.0, 1), SCAN.centre, SCAN.mask, held_out=0.25))
+    for _ in range(2):
+        state.advance(20)
+    last = state.network.head.bias.detach().clone()
+    assert state.choose() is state.history[-1]
+    assert torch.equal(state.best.head.bias, last)
+    with torch.no_grad():
+        state.network.head.bias += 3.0  # answers three times as much
+    state.history.append(state.history[-1]._replace(step=41, held_out=99.0))
+    assert state.choose() is min(state.history, key=lambda look: look.held_out)
+    assert torch.equal(state.best.head.bias, last)
+    with torch.no_grad():
+        state.network.head.bias *= torch.nan
+    assert state.choose() is not state.history[-1]
+    assert torch.equal(state.best.head.bias, last)
+
+
 def test_an_undertrained_network_becomes_no_model(tmp_path):
     recipe = DenoiserRecipe(steps=1, batch=1, crop=16, architecture=DenoiserConfig(channels=(4, 4)))
     with pytest.raises(BadInput, match="no better than a Gaussian"):
@@ -218,6 +238,21 @@ def test_sector_curves_are_nearer_to_the_truth_and_know_their_errors(denoiser):
     ratio = found.curve["Idev"].values / curves.std(axis=0, ddof=1)
     assert np.median(ratio) == pytest.approx(1, abs=0.3)
     np.testing.assert_allclose(np.sqrt(np.diag(found.covariance.dense())), found.curve["Idev"], rtol=1e-6)
+
+
+def test_half_of_what_replicas_lack_is_given_back():
+    reduction = Reduction(TEST.poni, mask=TEST.mask, bins=10, sector=(-30, 30))
+    denoised = np.full((64, 64), 8.0)
+    # A denoiser that answers 7/8 of what it should, passes 0.6 of a deviation on, and has noise of 1.
+    rng = np.random.default_rng(3)
+    again = 7 + rng.normal(size=(500, 1, 1))
+    twice = 7 / 8 * 7 + 0.6 * (again - 7) + rng.normal(size=again.shape)
+    frames = [part * np.ones((1, 64, 64)) for part in (again, twice)]
+    found = sector_of(Resampled(xr.Dataset({"denoised": (("y", "x"), denoised)}), *frames), reduction)
+    unit = integrate(np.ones((1, 64, 64)), reduction)[0]
+    np.testing.assert_allclose(found.curve["I"], (8.5 - 0.5 * (again.mean() - 7)) * unit)
+    np.testing.assert_allclose(found.replicas.mean(axis=0), found.curve["I"])
+    np.testing.assert_allclose(found.curve["Idev"], (1.5 - 0.5 * 0.6) * unit, rtol=0.1)  # 1.5 d - 0.5 * 0.6 d
 
 
 def test_low_rank_keeps_the_variances_and_the_strongest_correlation():

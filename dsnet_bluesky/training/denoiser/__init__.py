@@ -1,7 +1,7 @@
 """Training of a denoiser on the frames of a scan: self-supervised, by the symmetry of the frames themselves.
 
-No clean frame is needed (`denoising.likelihood`). Some frames are held out; the network of the step that
-makes their kept photons most likely is kept. It becomes a model only if it does that better than a
+No clean frame is needed (`denoising.likelihood`). Some frames are held out; the last network is kept
+unless an earlier one surely makes their kept photons more likely. It becomes a model only if it does that better than a
 Gaussian filter whose width was chosen on the same photons: trained too little, or on too few photons, a network is worse.
 """
 

@@ -37,7 +37,7 @@ class DenoiserRecipe:
     version: str = "1.0.0"
     licence: str = "BSD-3-Clause"
     seed: int = 1
-    steps: int = 1500
+    steps: int = 2400
     batch: int = 8
     crop: int = 96
     learning_rate: float = 3e-3
