@@ -140,7 +140,7 @@ class PreparedPatterns:
             Per exposure `denoised` (y, x), `counts_per_pixel`, `chi2_symmetry`, `chi2_rings`; on q `orientation` and
             `anisotropy` of the whole rings with their errors (`orientation`), and what `desmearing.desmear` gives for the
             sector, with the covariance of its noise (`noise_factor`, `noise_own`; `desmearing.covariance` reads it). The sector
-            is corrected for half of the bias that the bootstrap sees (`sectors.CORRECTED`), frames and orientations are not.
+            is corrected for a third of the bias that the bootstrap sees (`sectors.CORRECTED`), frames and orientations are not.
             `flags` of both, and `status`. An exposure that cannot be denoised among others that can is a row of NaN.
 
         Raises

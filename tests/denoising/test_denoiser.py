@@ -240,7 +240,7 @@ def test_sector_curves_are_nearer_to_the_truth_and_know_their_errors(denoiser):
     np.testing.assert_allclose(np.sqrt(np.diag(found.covariance.dense())), found.curve["Idev"], rtol=1e-6)
 
 
-def test_half_of_what_replicas_lack_is_given_back():
+def test_a_third_of_what_replicas_lack_is_given_back():
     reduction = Reduction(TEST.poni, mask=TEST.mask, bins=10, sector=(-30, 30))
     denoised = np.full((64, 64), 8.0)
     # A denoiser that answers 7/8 of what it should, passes 0.6 of a deviation on, and has noise of 1.
@@ -250,9 +250,9 @@ def test_half_of_what_replicas_lack_is_given_back():
     frames = [part * np.ones((1, 64, 64)) for part in (again, twice)]
     found = sector_of(Resampled(xr.Dataset({"denoised": (("y", "x"), denoised)}), *frames), reduction)
     unit = integrate(np.ones((1, 64, 64)), reduction)[0]
-    np.testing.assert_allclose(found.curve["I"], (8.5 - 0.5 * (again.mean() - 7)) * unit)
+    np.testing.assert_allclose(found.curve["I"], (8 + (8 - again.mean()) / 3) * unit)
     np.testing.assert_allclose(found.replicas.mean(axis=0), found.curve["I"])
-    np.testing.assert_allclose(found.curve["Idev"], (1.5 - 0.5 * 0.6) * unit, rtol=0.1)  # 1.5 d - 0.5 * 0.6 d
+    np.testing.assert_allclose(found.curve["Idev"], (4 / 3 - 0.6 / 3) * unit, rtol=0.1)  # (4 d - 0.6 d) / 3
 
 
 def test_low_rank_keeps_the_variances_and_the_strongest_correlation():

@@ -32,7 +32,7 @@ USE = (
 LIMITS = [
     "The pattern must have Friedel's symmetry about the given centre; frames that break it are refused.",
     "Denoised pixels are correlated over several pixels: their errors come from a parametric bootstrap (denoising.sectors), "
-    "which takes away half of the bias that it sees; the errors do not hold what is left of it.",
+    "which takes away a third of the bias that it sees; the errors do not hold what is left of it.",
     "Structure that is narrower than the network's experience, and fainter than the noise of two mates, is smoothed away.",
 ]
 INPUTS = {
