@@ -35,7 +35,7 @@ from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.denoising import SymmetryDenoiser
 from dsnet_bluesky.denoising.network import DenoiserConfig
 from dsnet_bluesky.denoising.rings import conserve, rings_about
-from dsnet_bluesky.denoising.sectors import REPLICAS, bootstrap, corrected, integrate
+from dsnet_bluesky.denoising.sectors import REPLICAS, bootstrap, corrected, integrate, redrawn
 from dsnet_bluesky.denoising.symmetry import mate
 from dsnet_bluesky.reduction import Reduction
 from dsnet_bluesky.sim.anisotropic import AnisotropicScan
@@ -277,14 +277,11 @@ def sector_curves(
     network: SymmetryDenoiser, frames: NDArray, test: Test, reduction: Reduction, replicas: int
 ) -> tuple[Floats, Floats]:
     """Integrate denoised frames, and correct the curves as `sectors.sector_of` does, without its errors."""
-
-    def denoised(seen: NDArray) -> Floats:
-        return network(seen, test.scan.centre, test.scan.mask, test=False)["denoised"].fillna(0).values
-
-    answers = denoised(frames)
-    curves, rng = integrate(answers, reduction), np.random.default_rng([test.seed, len(frames)])
-    again = [integrate(denoised(rng.poisson(answer, (replicas, *answer.shape))), reduction).mean(axis=0) for answer in answers]
-    return curves, corrected(curves, np.array(again))
+    where, rng = (test.scan.centre, test.scan.mask), np.random.default_rng([test.seed, len(frames)])
+    answers = network(frames, *where, test=False)["denoised"].values
+    curves = integrate(answers, reduction)
+    drawn = (redrawn(network, np.repeat(answer[None], replicas, axis=0), *where, rng) for answer in answers)
+    return curves, corrected(curves, np.array([integrate(each, reduction).mean(axis=0) for each in drawn]))
 
 
 def ring_curves(network: SymmetryDenoiser, test: Test) -> float:
@@ -299,7 +296,6 @@ def scatter(network: SymmetryDenoiser, test: Test, number: int, size: Size) -> d
     """Compare the bootstrap's errors of a sector curve with the scatter of repeated exposures."""
     scan, reduction, truth = test.scan, along_axis(test.scan, number), test.truth[number]
     frames = np.random.default_rng([test.seed, number]).poisson(truth, (size.repeats, *truth.shape))
-
     _, curves = sector_curves(network, frames, test, reduction, FEW)
     sd = curves.std(axis=0, ddof=1)
     found = [bootstrap(network, frames[k], reduction, scan.centre, scan.mask, seed=k, test=False) for k in (0, 1)]
@@ -408,9 +404,9 @@ def goal_table(results: Results) -> str:
         other = max(
             (name for name in gains if "symmetry denoiser" not in name), key=lambda name: np.mean(gains[name]), default=""
         )
-        ahead = [a - b for a, b in zip(gains[OURS], gains.get(other, gains[OURS]), strict=True)]
+        ahead = mean_of([a - b for a, b in zip(gains[OURS], gains[other], strict=True)]) if other else ""
         means = {name: np.mean([each[name] for each in found["sectors"]]) for name in ("raw", "denoised")}
-        cells = [mean_of(ahead) if other else "", other, mean_of([row["bias"] for row in found["rows"][OURS]])]
+        cells = [ahead, other, mean_of([row["bias"] for row in found["rows"][OURS]])]
         cells += [f"{means['denoised'] / means['raw']:.2f}", mean_of([row["ratio"] for row in found["bootstrap"]])]
         lines.append(f"| {part.dose:g} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -73,13 +73,23 @@ def on_device(smearing: Any, curves: Any, options: dict[str, Any], size: int = 2
     method = DSNet(smearing, device="cuda", **options)
     I, Idev = method.working.curves(curves["I"].values[:size], curves["Idev"].values[:size])
 
-    def once() -> None:
+    def work() -> None:
         features = features_of(method.operator, I, Idev)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=method.half):
             method.network(method.operator, features)
-        torch.cuda.synchronize()
 
-    return size / usual(once, 1.5, 20)
+    return size / completed(work, "cuda", 20)
+
+
+def completed(work: Callable[[], Any], device: str, most: int) -> float:
+    """Time work until the device has done it, in s."""
+
+    def once() -> None:
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    return usual(once, 1.5, most)
 
 
 @torch.inference_mode()
@@ -107,12 +117,7 @@ def stages(grid: Grid, device: str, size: int = 2048) -> list[str]:
         f"one normal matrix of {LARGE}": lambda: tall.mT @ tall,
     }
 
-    def once(work: Callable[[], Any]) -> None:
-        work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    return [f"| {name} | {1e6 * usual(lambda w=work: once(w), 1.5, 9) / size:,.1f} |" for name, work in works.items()]
+    return [f"| {name} | {1e6 * completed(work, device, 9) / size:,.1f} |" for name, work in works.items()]
 
 
 def rows(measure: Callable[[Grid, dict[str, Any]], str]) -> list[str]:

@@ -44,6 +44,7 @@ BOUNDARY = 2.0
 """Degrees from the boundary of the fundamental domain within which an orientation is near it."""
 STEPS = 50
 """Simulations of one simplex, as in the paper."""
+ASKED = {"one view": 1, "eight views": VIEWS}
 PAPER_LOSS = Path(__file__).parents[1] / "build" / "benchmarks" / "icosahedra-paper-loss"
 READINGS = ("intensity", "field", "propagating")
 
@@ -111,7 +112,7 @@ def table(label: str, lines: Sequence[str], more: Sequence[str] = ()) -> str:
 def accuracy(reader: Icosahedra, case: Case) -> tuple[list[str], dict[str, Answer]]:
     """Ask once and for all views; near the boundary of the fundamental domain and inside."""
     image = log_image(case.counts)
-    found = {"one view": answers(reader.network, image, 1), "eight views": answers(reader.network, image)}
+    found = {asked: answers(reader.network, image, views) for asked, views in ASKED.items()}
     near = boundary_distance(case.truth.quaternion) < BOUNDARY
     lines = []
     for name, answer in found.items():
@@ -135,10 +136,9 @@ def losses(reader: Icosahedra, case: Case, folder: Path, quick: bool) -> list[st
         train(Recipe.parse(to_toml(values)), folder)
     image = log_image(case.counts)
     readers = {"symmetric (released)": reader, "the paper's": Icosahedra(load_model(str(folder)))}
-    views = {"one view": 1, "eight views": VIEWS}
     return [
-        line(f"{name}, {asked}", answers(each.network, image, count), case.truth)
-        for asked, count in views.items()
+        line(f"{name}, {asked}", answers(each.network, image, views), case.truth)
+        for asked, views in ASKED.items()
         for name, each in readers.items()
     ]
 

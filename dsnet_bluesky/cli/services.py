@@ -126,7 +126,7 @@ def show_status(
     from dsnet_bluesky.pipeline import Config
     from dsnet_bluesky.watch import read_status
 
-    config = Config(method=method, options=parse_options(option))  # unchecked: quick
+    config = Config(method=method, options=parse_options(option))  # not checked: that takes torch
     found = read_status(connect(uri, api_key), config=config, since=time.time() - 86_400 * since, watchers=watcher or ())
     if as_json:
         say(json.dumps(found.to_dict()))

@@ -39,6 +39,7 @@ __all__ = [
     "desmeared",
     "integrate",
     "low_rank",
+    "redrawn",
     "resample",
     "sector_of",
 ]
@@ -138,14 +139,22 @@ def resample(
     found = denoiser(frame, centre, masked, **options)
     denoised = found["denoised"].values[0]
     rng = np.random.default_rng(seed)
+    again = redrawn(denoiser, np.repeat(denoised[None], replicas, axis=0), centre, masked, rng, **options)
+    return Resampled(found.isel(exposure=0), again, redrawn(denoiser, again, centre, masked, rng, **options))
 
-    def redrawn(mean: Floats) -> Floats:
-        drawn = rng.poisson(np.where(masked | ~np.isfinite(mean), 0.0, mean))
-        # Drawn from symmetric frames: a test of their symmetry could only fail by chance.
-        return denoiser(drawn, centre, masked, **{**options, "test": False})["denoised"].values
 
-    again = redrawn(np.repeat(denoised[None], replicas, axis=0))
-    return Resampled(found.isel(exposure=0), again, redrawn(again))
+def redrawn(
+    denoiser: SymmetryDenoiser,
+    means: Floats,
+    centre: tuple[float, float],
+    mask: NDArray[np.bool_],
+    rng: np.random.Generator,
+    **options: Any,
+) -> Floats:
+    """Draw a frame from each denoised one as if it were the truth, and denoise it, shape (exposure, y, x)."""
+    drawn = rng.poisson(np.where(mask | ~np.isfinite(means), 0.0, means))
+    # Drawn from symmetric frames: a test of their symmetry could only fail by chance.
+    return denoiser(drawn, centre, mask, **{**options, "test": False})["denoised"].values
 
 
 def bootstrap(
@@ -216,6 +225,7 @@ def _scatter(again: Floats, twice: Floats) -> Floats:
     found = corrected(again, twice)
     found = found - found.mean(axis=0)
     whole, extra = found.var(axis=0), CORRECTED**2 * (1 - 1 / len(again)) * again.var(axis=0)
+    # About nine tenths; the bound is for a few replicas, whose variances may be anything.
     part = np.clip(1 - extra / np.where(whole > 0, whole, 1.0), 0.25, 1.0)
     return found * np.sqrt(part)
 

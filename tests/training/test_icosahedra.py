@@ -16,7 +16,7 @@ from dsnet_bluesky.training import load_recipe
 from dsnet_bluesky.training.icosahedra import CHECKPOINT, Recipe, Training, make_images, train
 from dsnet_bluesky.versions import install_model, load_model
 
-# Not narrower: with 4 filters the convolutions of torch 2.13 write beyond their memory on processors with AVX2 only.
+# Not narrower: with 4 filters the backward convolutions of torch 2.13 corrupt the heap on processors with AVX2 only.
 TINY = """
 name = "tiny"
 version = "0.1.0"
