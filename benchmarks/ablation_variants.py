@@ -20,7 +20,7 @@ from dsnet_bluesky.library.samples import Library, load_library, make_library, s
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.training.recipes import Recipe
 from dsnet_bluesky.training.unrolled import Training
-from dsnet_bluesky.unrolled import Answer, UNet, Unrolled, UnrolledConfig, blend
+from dsnet_bluesky.unrolled import Unrolled, UnrolledConfig
 
 SEED = 2026
 """Of shapes, instruments, samples and noise: that of the released model's recipe."""
@@ -134,6 +134,7 @@ def hidden(channels: Tensor, withheld: Sequence[int]) -> Tensor:
 def between_without_operator(config: UnrolledConfig) -> Unrolled:
     """Build the network without R between its U-Nets: the second sees neither what is left over nor a further step."""
     network = Unrolled(config)
+    assert network.refine is not None
     network.refine.register_forward_pre_hook(_hide_between)
     return network
 
@@ -142,31 +143,14 @@ def _hide_between(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (hidden(inputs[0], BETWEEN_FROM_R),)
 
 
-class OneUNet(Unrolled):
-    """The first U-Net alone; it states an error too.
-
-    Parameters
-    ----------
-    config
-        Shape of the U-Net.
-    """
-
-    def __init__(self, config: UnrolledConfig) -> None:
-        super().__init__(config)
-        del self.refine
-        self.propose = UNet(CHANNELS, 3, config)
-
-    def forward(self, operator: Operator, features: Features) -> Answer:
-        """Desmear a batch of curves of one operator."""
-        out, deep, _ = self.propose(features.channels)
-        ln_I = blend(features.start + out[:, 0], features.indirect, out[:, 1] - 1)
-        unknown = torch.zeros_like(ln_I)
-        return Answer(ln_I, ln_I, (out[:, 2] - 2).clamp(-9.0, 1.5), deep, unknown, unknown)
+def alone(config: UnrolledConfig) -> Unrolled:
+    """Build the first U-Net alone; it states an error too."""
+    return Unrolled(dataclasses.replace(config, unets=1))
 
 
 def wider(config: UnrolledConfig) -> Unrolled:
     """Build one U-Net with about as many parameters as two have."""
-    return OneUNet(dataclasses.replace(config, channels=tuple(round(1.45 * width) for width in config.channels)))
+    return alone(dataclasses.replace(config, channels=tuple(round(1.45 * width) for width in config.channels)))
 
 
 def told_gaussian(instrument: Instrument) -> Instrument:
@@ -209,7 +193,7 @@ VARIANTS: dict[str, Variant] = {
     "no R between the U-Nets": Variant(network=between_without_operator),
     "no indirect transform": Variant(hide=without_indirect),
     "a Gaussian in place of R": Variant("gaussian"),
-    "one U-Net": Variant(network=OneUNet),
+    "one U-Net": Variant(network=alone),
     "one U-Net, as many parameters": Variant(network=wider),
     "spheres only": Variant("spheres"),
     "eight families": Variant("eight"),

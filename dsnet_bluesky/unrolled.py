@@ -1,11 +1,11 @@
-"""The network of dsnet 2: two U-Nets with the exact operator between them.
+"""The network of dsnet 2: U-Nets with the exact operator between them.
 
 The first U-Net sees what classical iterations make of a measurement (`features`) and proposes a
 curve. The proposal is smeared with the true R; the second U-Net sees what that leaves over, and what
 a further exact step would change, and gives the answer and its error. This is an unrolled
 iteration (J. Adler, O. Oktem, IEEE Trans. Med. Imaging 37 (2018) 1322, doi:10.1109/TMI.2018.2799231)
-of two steps. The network works on q_calc of whatever operator it is handed; it knows no
-grid and no kernel of its own.
+of two steps. A network of one U-Net, which is faster, answers with the proposal. The network works on
+q_calc of whatever operator it is handed; it knows no grid and no kernel of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .data import BadInput
 from .features import CHANNELS, CLIP, Features, Operator, residual, step
 from .network import Network
 
@@ -41,17 +42,30 @@ class UnrolledConfig:
     kernel
         Width of the convolutions, odd.
     hidden
-        Channels that the first U-Net hands to the second.
+        Channels that the first U-Net hands to the second, if there is one.
+    unets
+        How many U-Nets there are, 1 or 2.
+
+    Raises
+    ------
+    BadInput
+        If there are more, or none.
     """
 
     channels: tuple[int, ...] = (32, 48, 64, 96, 128)
     kernel: int = 5
     hidden: int = 8
+    unets: int = 2
+
+    def __post_init__(self) -> None:
+        if self.unets not in (1, 2):
+            raise BadInput(f"A network of dsnet has one U-Net or two, not {self.unets}.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from plain values, as a card or a recipe holds them."""
-        return cls(channels=tuple(values["channels"]), kernel=values["kernel"], hidden=values["hidden"])
+        unets = values.get("unets", 2)  # cards of before say nothing of it
+        return cls(channels=tuple(values["channels"]), kernel=values["kernel"], hidden=values["hidden"], unets=unets)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values, as a card or a recipe holds them."""
@@ -68,7 +82,7 @@ class Answer(NamedTuple):
     ln_error: Tensor
     """ln of one standard deviation of ln I, shape (exposure, m)."""
     deep: Tensor
-    """Activations at the bottom of the second U-Net, averaged over q, shape (exposure, channel)."""
+    """Activations at the bottom of the last U-Net, averaged over q, shape (exposure, channel)."""
     ln_share: Tensor
     """ln of the part of that standard deviation that the noise of the measurement makes, shape (exposure, m)."""
     ln_resolved: Tensor
@@ -87,9 +101,9 @@ class Unrolled(Network):
     def __init__(self, config: UnrolledConfig | None = None) -> None:
         super().__init__()
         self.config = config or UnrolledConfig()
-        hidden = self.config.hidden
-        self.propose = UNet(CHANNELS, 2 + hidden, self.config)
-        self.refine = UNet(CHANNELS + BETWEEN + hidden, 3, self.config)
+        two, hidden = self.config.unets == 2, self.config.hidden
+        self.propose = UNet(CHANNELS, 2 + hidden if two else 3, self.config)
+        self.refine = UNet(CHANNELS + BETWEEN + hidden, 3, self.config) if two else None
         width = self.config.channels[0]
         self.split = nn.Sequential(nn.Conv1d(width + 1, width, 1), nn.SiLU(), nn.Conv1d(width, 2, 1))
 
@@ -100,12 +114,13 @@ class Unrolled(Network):
 
     def _answer(self, operator: Operator, features: Features) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         start, indirect = features.start, features.indirect
-        out, _, _ = self.propose(features.channels)
-        first = blend(start + out[:, 0], indirect, out[:, 1] - 1)
-        with torch.autocast(first.device.type, enabled=False):  # residuals of half precision would drown the measurement's
-            seen = between(operator, features, first)
-        out, deep, shallow = self.refine(torch.cat([features.channels, seen, out[:, 2:]], dim=1))
-        answer = blend(first + 0.3 * out[:, 0], indirect, out[:, 1] - 2)
+        out, deep, shallow = self.propose(features.channels)
+        first = answer = blend(start + out[:, 0], indirect, out[:, 1] - 1)
+        if self.refine is not None:
+            with torch.autocast(first.device.type, enabled=False):  # residuals of half precision would drown the measurement's
+                seen = between(operator, features, first)
+            out, deep, shallow = self.refine(torch.cat([features.channels, seen, out[:, 2:]], dim=1))
+            answer = blend(first + 0.3 * out[:, 0], indirect, out[:, 1] - 2)
         ln_error = (out[:, 2] - 2).clamp(SMALLEST, LARGEST)
         # What error and resolution are made of is learned last, and must not disturb the answer.
         return first, answer, ln_error, deep, torch.cat([shallow, ln_error[:, None]], dim=1).detach()

@@ -137,7 +137,7 @@ def test_without_the_indirect_transform_it_may_say_what_it_likes(variants, opera
     assert_same(first, variants.without_indirect(seen_by(operator)).features)
 
 
-@pytest.mark.parametrize("name", ["between_without_operator", "OneUNet", "wider"])
+@pytest.mark.parametrize("name", ["between_without_operator", "alone", "wider"])
 def test_networks_without_the_operator_answer_by_features_alone(name, variants, operators):
     build, config = getattr(variants, name), UnrolledConfig(channels=(4, 4, 4))
     features, network = seen_by(operators[0]).features, build(config)

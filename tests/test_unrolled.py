@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.features import CHANNELS, Operator, features_of, residual
 from dsnet_bluesky.library.instruments import KINDS, draw_instrument
 from dsnet_bluesky.smearing import Smearing
 from dsnet_bluesky.unrolled import BETWEEN, LARGEST, SMALLEST, Answer, Unrolled, UnrolledConfig, between, blend
 
 TINY = UnrolledConfig(channels=(4, 6), kernel=3, hidden=2)
+ALONE = UnrolledConfig(channels=(4, 6), kernel=3, hidden=0, unets=1)
 Q = np.linspace(0.05, 3.0, 80)
 
 
@@ -85,19 +87,21 @@ def test_every_instrument_is_taken(kind):
             assert torch.isfinite(part).all()
 
 
+@pytest.mark.parametrize("unets", [1, 2])
 @pytest.mark.parametrize("points", [5, 51, 64, 83])
-def test_any_number_of_points(points):
+def test_any_number_of_points(points, unets):
     q = np.linspace(0.1, 3.0, points)
     operator = Operator(Smearing.gaussian(q, 1.2 * (q[1] - q[0])))
     features = features_of(operator, *measure(operator.smearing))
-    deep = UnrolledConfig(channels=(4, 4, 4, 4, 6), kernel=5, hidden=2)
+    deep = UnrolledConfig(channels=(4, 4, 4, 4, 6), kernel=5, hidden=2, unets=unets)
     answer = seeded(deep)(operator, features)
     assert answer.ln_I.shape == (2, operator.smearing.q_calc.size)
     assert torch.isfinite(answer.ln_I).all()
 
 
-def test_answers_do_not_depend_on_the_batch(operator, features):
-    network = seeded()
+@pytest.mark.parametrize("config", [ALONE, TINY])
+def test_answers_do_not_depend_on_the_batch(operator, features, config):
+    network = seeded(config)
     together = network(operator, features)
     for k in range(2):
         alone = network(operator, type(features)(*(part[k : k + 1] for part in features)))
@@ -105,10 +109,11 @@ def test_answers_do_not_depend_on_the_batch(operator, features):
             torch.testing.assert_close(part[0], whole[k], rtol=1e-4, atol=1e-4)
 
 
-def test_errors_and_shares_stay_within_bounds(operator, features):
-    network = seeded()
+@pytest.mark.parametrize("config", [ALONE, TINY])
+def test_errors_and_shares_stay_within_bounds(operator, features, config):
+    network = seeded(config)
     for sign in (-1, 1):
-        for parameter in network.refine.out.parameters():
+        for parameter in (network.refine or network.propose).out.parameters():
             parameter.fill_(sign * 1e3)
         answer = network(operator, features)
         assert (answer.ln_error >= SMALLEST).all()
@@ -116,9 +121,10 @@ def test_errors_and_shares_stay_within_bounds(operator, features):
         assert (answer.ln_share <= 0).all()  # noise is part of the error
 
 
-def test_parts_of_the_error_cannot_disturb_the_answer(operator, features):
+@pytest.mark.parametrize("config", [ALONE, TINY])
+def test_parts_of_the_error_cannot_disturb_the_answer(operator, features, config):
     """The head for parts learns last: its loss must reach no other weight."""
-    network = seeded().requires_grad_(True)
+    network = seeded(config).requires_grad_(True)
     answer = network(operator, features)
     (answer.ln_share.sum() + answer.ln_resolved.sum()).backward()
     touched = {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.grad is not None}
@@ -153,9 +159,24 @@ class TestBetween:
             torch.testing.assert_close(seen[-1][0].float(), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_one_unet_answers_with_what_it_proposes(operator, features):
+    network = seeded(ALONE)
+    answer = network(operator, features)
+    assert network.refine is None
+    torch.testing.assert_close(answer.ln_I, answer.first)
+
+
+@pytest.mark.parametrize("unets", [0, 3])
+def test_other_numbers_of_unets_are_refused(unets):
+    with pytest.raises(BadInput, match="one U-Net or two"):
+        UnrolledConfig(unets=unets)
+
+
 def test_configuration_survives_a_card():
-    config = UnrolledConfig.from_dict(TINY.to_dict())
-    assert config == TINY
+    for config in (TINY, ALONE):
+        assert UnrolledConfig.from_dict(config.to_dict()) == config
+    older = {"channels": [4, 6], "kernel": 3, "hidden": 2}  # cards before 2.2.0
+    assert UnrolledConfig.from_dict(older) == TINY
     assert type(TINY.to_dict()["channels"]) is list
     assert Unrolled().config == UnrolledConfig()
     assert 1_000_000 < Unrolled().parameter_count < 1_300_000

@@ -89,7 +89,7 @@ def loss_of(answer: Answer, ln_truth: Tensor, measured: Tensor) -> Tensor:
 
     The likelihood of the truth under the stated errors, each point weighted with the root of its error (M. Seitzer
     et al., ICLR 2022, arXiv:2203.09168) so that neither hopeless nor easy points rule; far outliers
-    count linearly; and, so that every U-Net knows where to go, the absolute error of both proposals.
+    count linearly; and, so that every U-Net knows where to go, the absolute error of what each proposes.
 
     Parameters
     ----------
@@ -202,11 +202,23 @@ def _first(recipe: Recipe) -> Unrolled:
     network = Unrolled(recipe.architecture)
     if recipe.begin:
         weights = load_file(load_model(recipe.begin).weights)
+        learned = {name: tensor for name, tensor in weights.items() if not name.startswith("range.")}
         try:
-            network.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("range.")})
+            network.load_state_dict(_first_unet(learned, network) if recipe.architecture.unets == 1 else learned)
         except RuntimeError as error:
             raise BadInput(f"The recipe cannot begin with {recipe.begin}: that is a network of another shape.") from error
     return network
+
+
+def _first_unet(learned: dict[str, Tensor], network: Unrolled) -> dict[str, Tensor]:
+    """Give the weights of one U-Net: of two the first, which was never asked for an error and learns to state it."""
+    if not any(name.startswith("refine.") for name in learned):
+        return learned
+    given = {name: tensor for name, tensor in learned.items() if name.startswith("propose.")}
+    fresh = network.state_dict()
+    for name in ("propose.out.weight", "propose.out.bias"):
+        given[name] = torch.cat([given[name][:2], fresh[name][2:]])
+    return {**fresh, **given}
 
 
 @torch.no_grad()

@@ -382,6 +382,46 @@ class TestRecipe:
             Recipe.parse(text)
 
 
+class TestBeginning:
+    """A training that goes on from a released model."""
+
+    def begun(self, trained, changes: dict[str, str]) -> Unrolled:
+        text = TINY.replace("seed = 11", f'seed = 11\nbegin = "{trained[0]}"')
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        return Training(Recipe.parse(text)).network
+
+    def test_all_weights_are_those_of_the_model(self, trained, sessions):
+        network, _ = load_network(load_model(str(trained[0])))
+        begun = self.begun(trained, {})
+        assert evaluate(begun, sessions) == pytest.approx(evaluate(network, sessions))
+
+    def test_one_unet_begins_as_the_first_of_two(self, trained, sessions):
+        network, _ = load_network(load_model(str(trained[0])))
+        begun = self.begun(trained, {"hidden = 2": "hidden = 0\nunets = 1"})
+        features, _ = sessions[0].batch(slice(None), "cpu")
+        proposed, answer = network(sessions[0].operator, features).first, begun(sessions[0].operator, features)
+        torch.testing.assert_close(answer.ln_I, proposed)
+        assert answer.ln_error.std() < 0.1  # nobody has asked it for an error yet
+
+    def test_a_network_of_another_shape_is_refused(self, trained):
+        with pytest.raises(BadInput, match="is a network of another shape"):
+            self.begun(trained, {"channels = [4, 6]": "channels = [4, 8]"})
+
+
+def test_one_unet_becomes_a_model(library, tmp_path):
+    recipe = Recipe.parse(TINY.replace("hidden = 2", "hidden = 0\nunets = 1").replace("steps = 60", "steps = 20"))
+    directory = training.train(recipe, workshop(tmp_path / "tiny-0.1.0", library))
+    model = load_model(str(directory))
+    network, _ = load_network(model)
+    assert network.config == recipe.architecture
+    assert network.parameter_count == model.card["architecture"]["parameters"]
+    q = np.linspace(0.1, 3, 60)
+    answer = desmear(curve(q, 1 / (1 + q**4), 0.01 / (1 + q**4)), Smearing.gaussian(q, 0.1), method="dsnet", model=str(directory))
+    assert np.isfinite(answer["I"]).all()
+    assert (answer["Idev"] > 0).all()
+
+
 def test_training_sees_the_operator_in_full_precision(recipe, sessions):
     """Half precision of the convolutions must not reach R: of small residuals it would leave nothing."""
     state, seen = Training(recipe), []
