@@ -16,10 +16,11 @@ from event_model import compose_run
 from tiled.client.utils import ClientError
 from tiled.mimetypes import TILED_SQL_TABLE_MIMETYPE
 
-from dsnet_bluesky import adapters, documents
+from dsnet_bluesky import documents
 from dsnet_bluesky.derived import register_curves
 from dsnet_bluesky.frames import FABIO_MIMETYPE, HDF5_MIMETYPE
 from dsnet_bluesky.ingest import ingest
+from dsnet_bluesky.nodes import CURVE_MIMETYPE, PSF_MIMETYPE
 from dsnet_bluesky.reduction import Reduction, centred, psf
 
 DATASET = "/entry/data/data"
@@ -250,8 +251,8 @@ def test_adapters_are_found_by_the_names_in_the_configuration(client):
     assert names == {
         FABIO_MIMETYPE: "FabioAdapter",
         TILED_SQL_TABLE_MIMETYPE: "TableAdapter",
-        adapters.CURVE_MIMETYPE: "CurveAdapter",
-        adapters.PSF_MIMETYPE: "PSFAdapter",
+        CURVE_MIMETYPE: "CurveAdapter",
+        PSF_MIMETYPE: "PSFAdapter",
     }
 
 

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from tiled.storage import FileStorage, register_storage
 from tiled.utils import ensure_uri
 
-from dsnet_bluesky.adapters import MASK, CurveAdapter, PSFAdapter, ResultAdapter
+from dsnet_bluesky.adapters import CurveAdapter, PSFAdapter, ResultAdapter
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.frames import FABIO_MIMETYPE, HDF5_MIMETYPE, FrameReference, read
+from dsnet_bluesky.nodes import MASK
 
 DATASET = "/entry/data/data"
 ADAPTERS = [CurveAdapter, PSFAdapter]

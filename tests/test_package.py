@@ -56,3 +56,12 @@ def test_an_installed_wheel_finds_its_model_and_configuration(wheel: Path, tmp_p
 def test_the_import_contracts_hold():
     done = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_clients_do_not_import_the_server():
+    """Its catalog takes seconds, which a watcher, a replay's workers and a session at the beamline have no use for."""
+    code = (
+        "import sys, dsnet_bluesky.watch.service, dsnet_bluesky.replay.service, dsnet_bluesky.callbacks.desmear\n"
+        "print([name for name in ('tiled.catalog', 'tiled.server', 'fastapi', 'torch') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -8,26 +8,19 @@ Tiled finds these classes by MIME type (``adapters_by_mimetype`` in
 import dsnet_bluesky.adapters.numbering  # noqa: F401 - teaches the server about numbered files
 
 from .comparisons import compare
-from .frames import CURVE_MIMETYPE, MASK, PSF_MIMETYPE, CurveAdapter, FabioAdapter, PSFAdapter
+from .frames import CurveAdapter, FabioAdapter, PSFAdapter
 from .latest import latest
-from .results import RESULT_MIMETYPE, ResultAdapter, specs_of
+from .results import ResultAdapter
 from .tables import TableAdapter
-from .within import DEPTH, WithinRuns, within
+from .within import within
 
 __all__ = [
-    "CURVE_MIMETYPE",
-    "DEPTH",
-    "MASK",
-    "PSF_MIMETYPE",
-    "RESULT_MIMETYPE",
     "CurveAdapter",
     "FabioAdapter",
     "PSFAdapter",
     "ResultAdapter",
     "TableAdapter",
-    "WithinRuns",
     "compare",
     "latest",
-    "specs_of",
     "within",
 ]

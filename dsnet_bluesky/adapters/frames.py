@@ -33,17 +33,12 @@ from tiled.adapters.xarray import DatasetAdapter
 from dsnet_bluesky.data import BadInput, concat_exposures
 from dsnet_bluesky.documents import Instrument
 from dsnet_bluesky.frames import FABIO_MIMETYPE, FrameReference, count, path_of, read, shape_of
+from dsnet_bluesky.nodes import MASK
 from dsnet_bluesky.reduction import Reduction, integrator, load_mask, psf, sum_frames
 
 from .serving import MOST_EXPOSURES, DerivedAdapter, confined, explained
 
-__all__ = ["CURVE_MIMETYPE", "MASK", "PSF_MIMETYPE", "CurveAdapter", "FabioAdapter", "PSFAdapter"]
-
-CURVE_MIMETYPE = "application/x-dsnet-curve"
-PSF_MIMETYPE = "application/x-dsnet-psf"
-
-MASK = "mask"
-"""Parameter under which a node's assets hold the mask file."""
+__all__ = ["CurveAdapter", "FabioAdapter", "PSFAdapter"]
 
 FRAMES_AT_ONCE = 32
 """Frames that are read together: a Pilatus 1M takes 4 MB each."""

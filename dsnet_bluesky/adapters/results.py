@@ -20,17 +20,13 @@ import zarr
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from tiled.adapters.xarray import DatasetAdapter
-from tiled.structures.core import Spec
 
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.kinds import Kind
 from dsnet_bluesky.rows import COLUMNS, FIRST, ROWS, Column, parse_columns, unpack, width_of
 
 from .serving import MOST_EXPOSURES, DerivedAdapter, confined, explained
 
-__all__ = ["RESULT_MIMETYPE", "ResultAdapter", "specs_of"]
-
-RESULT_MIMETYPE = "application/x-dsnet-result"
+__all__ = ["ResultAdapter"]
 
 MOST_BYTES = 2**31
 """Of the rows of a result."""
@@ -40,11 +36,6 @@ CACHED_BYTES = 2**28
 
 AT_ONCE = 256
 """Rows that are read together: what is not there fills no memory."""
-
-
-def specs_of(kind: Kind) -> list[Spec]:
-    """Return the specs of results of a kind: Tiled takes the first that a client knows, ours where this package is installed."""
-    return [Spec(kind.spec, version="1"), Spec("xarray_dataset")]
 
 
 class ResultAdapter(DerivedAdapter):

@@ -33,8 +33,7 @@ from tiled.structures.data_source import Management
 from tiled.type_aliases import AccessTags
 
 from dsnet_bluesky.kinds import kind_of
-
-from .results import RESULT_MIMETYPE, specs_of
+from dsnet_bluesky.nodes import RESULT_MIMETYPE, specs_of
 
 __all__ = ["NewResult", "post_results", "router"]
 

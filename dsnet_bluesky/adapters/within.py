@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import and_, any_, func, select
 from sqlalchemy.orm import aliased
 from tiled.catalog import orm
 from tiled.catalog.adapter import CatalogContainerAdapter, CatalogNodeAdapter
-from tiled.queries import NoBool
-from tiled.query_registration import register
 from tiled.structures.core import StructureFamily
 
-__all__ = ["DEPTH", "WithinRuns", "within"]
+from dsnet_bluesky.nodes import WithinRuns
 
-DEPTH = 3
-"""Of what lies in a stream, counted from the catalog of runs."""
-
-
-@register(name="dsnet_within")
-@dataclass(frozen=True)
-class WithinRuns(NoBool):
-    """Streams of runs, or the arrays in them; for `search_deep` of a catalog of runs, with ``max_depth=DEPTH``.
-
-    Parameters
-    ----------
-    uids
-        Of the runs, whole, separated by commas.
-    family
-        ``"container"`` for streams, ``"array"``.
-    """
-
-    uids: str
-    family: str
-
-    def encode(self) -> dict[str, str]:
-        """Return what Tiled's client puts into the address."""
-        return {"uids": self.uids, "family": self.family}
-
-    @classmethod
-    def decode(cls, *, uids: str, family: str) -> WithinRuns:
-        """Make the query of what stands in an address."""
-        return cls(uids, family)
+__all__ = ["within"]
 
 
 class _Within(CatalogContainerAdapter):

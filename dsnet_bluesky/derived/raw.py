@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from tiled.structures.data_source import DataSource
 
-from dsnet_bluesky.adapters import DEPTH, WithinRuns
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.documents import Exposure, Instrument, frames_per_exposure, is_image
 from dsnet_bluesky.frames import HDF5_MIMETYPE, FrameReference
+from dsnet_bluesky.nodes import DEPTH, WithinRuns
 
 __all__ = ["RawFrames", "raw_frames", "raw_frames_of"]
 

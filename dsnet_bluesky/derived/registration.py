@@ -13,12 +13,12 @@ from tiled.structures.data_source import Asset, DataSource, Management
 from tiled.utils import ensure_uri
 
 import dsnet_bluesky.derived.fabio  # noqa: F401 - teaches TiledWriter a MIME type
-from dsnet_bluesky.adapters import CURVE_MIMETYPE, MASK, PSF_MIMETYPE
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.derived.catalog import CONFLICT, access_tags_of, mount
 from dsnet_bluesky.derived.raw import RawFrames, raw_frames
 from dsnet_bluesky.documents import Instrument, purpose
 from dsnet_bluesky.frames import FrameReference, count, path_of
+from dsnet_bluesky.nodes import CURVE_MIMETYPE, MASK, PSF_MIMETYPE
 
 __all__ = ["register", "register_all", "register_curves", "register_psf"]
 

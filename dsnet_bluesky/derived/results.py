@@ -21,10 +21,10 @@ from tiled.structures.array import ArrayStructure
 from tiled.structures.core import StructureFamily
 from tiled.structures.data_source import DataSource, Management
 
-from dsnet_bluesky.adapters import RESULT_MIMETYPE, specs_of
 from dsnet_bluesky.data import BadInput, concat_exposures, exposures_of, failed_exposure
 from dsnet_bluesky.derived.catalog import CONFLICT, NOT_FOUND, access_tags_of, lookup, mount
 from dsnet_bluesky.kinds import Kind, kind_of
+from dsnet_bluesky.nodes import RESULT_MIMETYPE, specs_of
 from dsnet_bluesky.rows import COLUMNS, GRID, ROWS, Column, columns_of, grid_of, pack
 
 __all__ = [
