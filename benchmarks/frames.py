@@ -41,7 +41,7 @@ from measured import (
     save,
 )
 from numpy.typing import ArrayLike, NDArray
-from provenance import provenance
+from provenance import provenance, with_model
 
 from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.pipeline import Config, Exposed, PreparedCurves
@@ -417,7 +417,7 @@ def report(found: list[tuple[Experiment, list[Run]]], methods: Sequence[str], ar
     command = "python benchmarks/frames.py" + (" --quick" if arguments.quick else f" --exposures {arguments.exposures}")
     parts = [
         "# From frames to desmeared curves",
-        provenance(command, ("dsnet-bluesky", "pyFAI", "numpy", "scipy", "torch")),
+        provenance(with_model(command, arguments.model), ("dsnet-bluesky", "pyFAI", "numpy", "scipy", "torch")),
         PROTOCOL.format(per_bin=arguments.per_bin, exposures=arguments.exposures),
         "## Mean squared error of ln I",
         overview(found, methods),
@@ -529,6 +529,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="From simulated frames to desmeared curves, by every method.")
     parser.add_argument("--quick", action="store_true", help="smoke test: two samples, one exposure, coarse")
     parser.add_argument("--exposures", type=int, default=5, help="exposures of each condition (default: 5)")
+    parser.add_argument("--model", default="dsnet", help="released model that answers as dsnet (default: dsnet)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
     arguments = parser.parse_args()
     arguments.per_bin = 64 if arguments.quick else 256
@@ -536,7 +537,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures = arguments.output / "frames"
     figures.mkdir(parents=True, exist_ok=True)
-    methods = available(METHODS)
+    methods = available(METHODS | {"dsnet": ("dsnet", {"model": arguments.model})})
     found: list[tuple[Experiment, list[Run]]] = []
     for experiment in [coarse(AGBH), coarse(EXPERIMENTS[-1])] if arguments.quick else EXPERIMENTS:
         print(experiment.title, flush=True)

@@ -20,7 +20,7 @@ import numpy as np
 from families import SEED, library_of
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from provenance import provenance
+from provenance import provenance, with_model
 
 from dsnet_bluesky.data import BadInput, Flag, curve
 from dsnet_bluesky.desmearing import prepare
@@ -75,11 +75,11 @@ class Row:
     substituted: float
 
 
-def measure(setting: Setting, library: Library, count: int) -> Row | str:
+def measure(setting: Setting, library: Library, count: int, model: str) -> Row | str:
     """Desmear curves of the test families measured so; or what `prepare` says against it."""
     q = np.linspace(setting.lowest, HIGHEST, setting.points)
     try:
-        prepared = prepare(smearing := Smearing.gaussian(q, setting.width), "dsnet")
+        prepared = prepare(smearing := Smearing.gaussian(q, setting.width), "dsnet", model=model)
     except BadInput as error:
         return str(error)
     rng = np.random.default_rng(SEED)
@@ -148,6 +148,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run all sweeps and write the report."""
     parser = argparse.ArgumentParser(description="Where the released model must not be trusted.")
     parser.add_argument("--quick", action="store_true", help="smoke test: four curves, two settings of each sweep")
+    parser.add_argument("--model", default="dsnet", help="released model that answers as dsnet (default: dsnet)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the library of curves is kept")
     arguments = parser.parse_args(words)
@@ -157,14 +158,14 @@ def main(words: Sequence[str] | None = None) -> None:
     sweeps: dict[str, dict[float, Row | str]] = {}
     for name, (label, settings) in SWEEPS.items():
         chosen = dict(list(settings.items())[:2]) if arguments.quick else settings
-        sweeps[name] = {value: measure(setting, library, 4 if arguments.quick else CURVES) for value, setting in chosen.items()}
+        count = 4 if arguments.quick else CURVES
+        sweeps[name] = {value: measure(setting, library, count, arguments.model) for value, setting in chosen.items()}
         print(table(sweeps[name], label), flush=True)
     draw(sweeps, arguments.output / "limits.png")
+    command = with_model("python benchmarks/limits.py" + " --quick" * arguments.quick, arguments.model)
     parts = [
         "# Where the model must not be trusted",
-        provenance(
-            "python benchmarks/limits.py" + " --quick" * arguments.quick, ("dsnet-bluesky", "torch", "numpy", "sasmodels")
-        ),
+        provenance(command, ("dsnet-bluesky", "torch", "numpy", "sasmodels")),
         PROTOCOL.format(curves=CURVES, families=", ".join(FAMILIES)),
         *(f"## {name.capitalize()}\n\n{table(rows, SWEEPS[name][0])}" for name, rows in sweeps.items()),
         "![Errors before and after](limits.png)",

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from measured_data import BUNDLED, JLDESMEAR, QUICK, USAXS, DataSet, Measurement, Reference, smeared
 from numpy.typing import NDArray
 from PIL import Image
-from provenance import provenance
+from provenance import provenance, with_model
 
 from dsnet_bluesky.data import BadInput, Flag
 from dsnet_bluesky.desmearing import METHODS as INSTALLED
@@ -318,7 +318,10 @@ how far the data are what they claim to be. "smeared" is the measured curve itse
 def report(found: list[tuple[DataSet, dict[str, Scores]]], methods: Sequence[str], arguments: argparse.Namespace) -> str:
     """Write the whole Markdown."""
     command = "python benchmarks/measured.py" + (" --quick" if arguments.quick else f" --seeds {arguments.seeds}")
-    parts = ["# Measured curves", provenance(command, ("dsnet-bluesky", "numpy", "scipy", "torch", "sasdata"))]
+    parts = [
+        "# Measured curves",
+        provenance(with_model(command, arguments.model), ("dsnet-bluesky", "numpy", "scipy", "torch", "sasdata")),
+    ]
     if not JLDESMEAR.is_dir():
         parts.append("The reference data of jldesmear (`../shared/realdata`) were absent: only sasdata's were run.")
     parts += [PROTOCOL.format(seeds=arguments.seeds)]
@@ -428,13 +431,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measured curves, desmeared by every method.")
     parser.add_argument("--quick", action="store_true", help="smoke test: two data sets, two noise draws")
     parser.add_argument("--seeds", type=int, default=10, help="noise draws where a file is without noise (default: 10)")
+    parser.add_argument("--model", default="dsnet", help="released model that answers as dsnet (default: dsnet)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
     arguments = parser.parse_args()
     arguments.seeds = 2 if arguments.quick else arguments.seeds
     torch.set_num_threads(1)
     figures = arguments.output / "measured"
     figures.mkdir(parents=True, exist_ok=True)
-    methods = available(METHODS)
+    methods = available(METHODS | {"dsnet": ("dsnet", {"model": arguments.model})})
     loaders = [*USAXS, *BUNDLED]
     if not JLDESMEAR.is_dir():
         print(f"no reference data of jldesmear at {JLDESMEAR}: only sasdata's are run", flush=True)

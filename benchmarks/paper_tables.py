@@ -25,7 +25,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from provenance import provenance
+from provenance import provenance, with_model
 
 from dsnet_bluesky.data import curve
 from dsnet_bluesky.desmearing import prepare
@@ -154,13 +154,15 @@ def judge(I: Floats, truth: Floats, curves: xr.Dataset, seconds: float, result: 
     )
 
 
-def run(case: Case, seeds: int, iterations: int) -> Outcome:
+def run(case: Case, seeds: int, iterations: int, model: str) -> Outcome:
     """Desmear the curves of a case with every method."""
     truth, curves = measure(case, seeds)
     smearing = Smearing.gaussian(Q, case.sigma)
     answers = {"smeared": judge(curves["I"].values, truth, curves, 0.0)}
     for label, (method, options) in METHODS.items():
         given = curves
+        if label == "dsnet":
+            options = {"model": model}
         if label == "dsnet-paper":
             options = {**options, "iterations": iterations}
             given = curves.isel(exposure=slice(FINE_TUNED)) if "exposure" in curves.dims else curves
@@ -225,11 +227,12 @@ def report(tables: dict[str, list[Outcome]], arguments: argparse.Namespace) -> s
     every = [o for outcomes in tables.values() for o in outcomes]
     floored = [f"{c} {o.answers[c].floored} ({o.case.title})" for o in every for c in COLUMNS if o.answers[c].floored]
     times = {c: np.median([o.answers[c].seconds for o in every]) for c in METHODS}
-    model = "dsnet:" + load_model("dsnet").version
+    model = load_model(arguments.model).reference
     options = " --quick" if arguments.quick else f" --seeds {arguments.seeds}"
+    command = with_model(f"python benchmarks/paper_tables.py{options}", arguments.model)
     parts = [
         "# The paper's tables, side by side",
-        provenance(f"python benchmarks/paper_tables.py{options}", ("dsnet-bluesky", "torch", "numpy", "scipy", "sasmodels")),
+        provenance(command, ("dsnet-bluesky", "torch", "numpy", "scipy", "sasmodels")),
         PROTOCOL.format(seeds=arguments.seeds, iterations=arguments.iterations, model=model, fine_tuned=FINE_TUNED),
     ]
     for title, outcomes in tables.items():
@@ -308,6 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The tables of the DSNet paper, all methods side by side.")
     parser.add_argument("--quick", action="store_true", help="smoke test: one seed, 10 steps of fine-tuning")
     parser.add_argument("--seeds", type=int, default=10, help="noise seeds of each noisy row (default: 10)")
+    parser.add_argument("--model", default="dsnet", help="released model that answers as dsnet (default: dsnet)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the report")
     arguments = parser.parse_args()
     arguments.seeds = 1 if arguments.quick else arguments.seeds
@@ -318,7 +322,7 @@ def main() -> None:
     tables: dict[str, list[Outcome]] = {"Table 1": [], "Table 2": []}
     for title, case in [*(("Table 1", c) for c in TABLE_1), *(("Table 2", c) for c in TABLE_2)]:
         print(case.title, flush=True)
-        tables[title].append(run(case, arguments.seeds, arguments.iterations))
+        tables[title].append(run(case, arguments.seeds, arguments.iterations, arguments.model))
         draw(tables[title][-1], figures / f"{case.slug}.png")
     (arguments.output / "paper_tables.md").write_text(report(tables, arguments), encoding="utf-8")
 

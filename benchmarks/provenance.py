@@ -15,3 +15,8 @@ def provenance(command: str, packages: Sequence[str]) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     date = datetime.datetime.now(datetime.UTC).date()
     return f"`{command}`, {date}, {hardware('cpu')}, Python {platform.python_version()}, {versions}."
+
+
+def with_model(command: str, model: str) -> str:
+    """Add the option ``--model`` to a command, where it is not left at its default."""
+    return command if model == "dsnet" else f"{command} --model {model}"

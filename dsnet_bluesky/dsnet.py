@@ -1,4 +1,4 @@
-"""The method ``dsnet``: one pass of a released network that is told the operator, with errors that were calibrated.
+"""The methods ``dsnet`` and ``dsnet-fast``: one pass of a released network that is told the operator, with calibrated errors.
 
 What a curve goes through:
 

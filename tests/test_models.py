@@ -112,14 +112,14 @@ class TestCommands:
 
     def test_verify_finds_damage_and_says_what_to_do(self, dsnet, tmp_path):
         dsnet("models", "install", small_model(tmp_path / "made"))
-        assert dsnet("models", "verify").stdout.count("intact") == 5
+        assert dsnet("models", "verify").stdout.count("intact") == 6
         (card := load_model("net").path / "model.toml").chmod(0o644)
         card.write_text(card.read_text().replace('licence = "BSD-3-Clause"\n', ""))
         done = dsnet("models", "verify", status=2)
         assert "net:1.0.0  damaged: The card" in done.stdout
         assert "licence is missing" in done.stdout
         assert "install the model again" in done.stdout
-        assert done.stdout.count("intact") == 4
+        assert done.stdout.count("intact") == 5
         dsnet("models", "verify", "net", status=2)
         dsnet("models", "verify", "dsnet:latest", tmp_path / "made")
         assert "damaged" in dsnet("models", "list").stdout

@@ -69,6 +69,7 @@ def test_all_that_is_released_is_intact():
     assert {(model.reference, model.problem, model.origin) for model in list_models()} == {
         ("dsnet:2.0.0", "", "released"),
         ("dsnet:2.1.0", "", "released"),
+        ("dsnet-fast:1.0.0", "", "released"),
         ("dsnet-paper:1.0.0", "", "released"),
         ("icosahedra:1.0.0", "", "released"),
     }

@@ -29,7 +29,9 @@ __all__ = [
     "say",
 ]
 
-METHOD_HELP = "dsnet, map, ift, lake, wiener, cme or dsnet-paper; a version or an alias may follow: dsnet:2.0.0, dsnet:latest."
+METHOD_HELP = (
+    "dsnet, dsnet-fast, map, ift, lake, wiener, cme or dsnet-paper; a version or an alias may follow: dsnet:2.0.0, dsnet:latest."
+)
 FRAMES_HELP = "Of models that read frames: icosahedra, symmetry-denoiser."
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from dsnet_bluesky.data import BadInput, describe, join_answers
-from dsnet_bluesky.desmearing import prepare
+from dsnet_bluesky.desmearing import LEARNED, prepare
 from dsnet_bluesky.reduction import Reduction, integrator, invalid_pixels
 from dsnet_bluesky.reduction.geometry import beam_pixel, check_shape, divisors
 from dsnet_bluesky.smearing import Smearing
@@ -82,7 +82,7 @@ class PreparedPatterns:
         self.model: Model = load_model(model)
         self.reduction, self.replicas, self.rank = reduction, replicas, rank
         self._denoiser = SymmetryDenoiser(self.model, device)
-        placed = {"device": device} if device != "cpu" and method.partition(":")[0] == "dsnet" else {}
+        placed = {"device": device} if device != "cpu" and method.partition(":")[0] in LEARNED else {}
         self._desmear = prepare(smearing, method, **placed, **options)
         self._ai = integrator(reduction.poni)
         self._centre = beam_pixel(self._ai)

@@ -44,11 +44,12 @@ METHODS: dict[str, str] = {
     "ift": "dsnet_bluesky.desmearing.ift:IFT",
     "cme": "dsnet_bluesky.desmearing.cme:CME",
     "dsnet": "dsnet_bluesky.dsnet:DSNet",
+    "dsnet-fast": "dsnet_bluesky.dsnet:DSNet",
     "dsnet-paper": "dsnet_bluesky.dsnet_paper:DSNetPaper",
 }
 """Where each method lives, as `module:class`."""
 
-LEARNED = ("dsnet", "dsnet-paper")
+LEARNED = ("dsnet", "dsnet-fast", "dsnet-paper")
 """Methods that models of the registry answer for: those of the same name, unless the option ``model`` names another."""
 
 MINIMUM_RANGE = 2.0
