@@ -162,7 +162,7 @@ def _node(old: Any, number: int, known: dict[int, int]) -> orm.Node:
 
 def whole(server: Server, folder: Path, runs: int) -> tuple[list[str], Cost]:
     """Replay an archive, once and again."""
-    uids = Beamline(server, folder).expose(min(ORIGINALS, runs))
+    uids = Beamline(server, folder).expose(min(ORIGINALS, 1 + runs // 10))
     database = yaml.safe_load(server.config.read_text())["trees"][0]["args"]["uri"].replace(
         "${DSNET_DATA}", str(server.data_directory)
     )
@@ -304,7 +304,7 @@ def main() -> None:
             with on_services(server) if database == "postgresql" else nullcontext(), server:
                 found, cost = whole(server, server.data_directory / "detector", runs)
             lines += ["", f"## {runs:,} runs of one exposure, Pilatus 100k, on {database}", "", *found]
-        lines += ["", "## Parts by themselves", "", *parts(Path(temporary), 3.0 if options.quick else 20.0), *million(cost)]
+        lines += ["", "## Parts by themselves", "", *parts(Path(temporary), 1.0 if options.quick else 20.0), *million(cost)]
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "replay.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -3,9 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
+from fastapi import Depends, FastAPI, Security
+from fastapi.security import SecurityScopes
+from fastapi.testclient import TestClient
 from tiled.config import Config, parse_configs
 
 from dsnet_bluesky.data import BadInput
@@ -91,3 +95,59 @@ def test_the_serving_process_never_imports_torch(make_client, tmp_path: Path, de
     done = subprocess.run([sys.executable, "-c", SERVE_AND_READ, str(path), uid], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+class TestDependencies:
+    """What a request depends on is analysed once, and means the same as before."""
+
+    @pytest.fixture
+    def app(self):
+        import dsnet_bluesky.adapters  # noqa: F401 - which is what a server loads
+
+        app = FastAPI()
+
+        def settings() -> str:
+            return "as built"
+
+        def greeting(words: Annotated[str, Depends(settings)], scopes: SecurityScopes, name: str = "nobody") -> str:
+            return f"{name}: {words} {sorted(scopes.scopes)}"
+
+        @app.get("/read")
+        def read(said: Annotated[str, Security(greeting, scopes=["read"])]) -> str:
+            return said
+
+        @app.get("/write")
+        def write(said: Annotated[str, Security(greeting, scopes=["write"])]) -> str:
+            return said
+
+        app.state.settings = settings
+        return app
+
+    def test_overrides_and_scopes_are_kept_apart(self, app):
+        client = TestClient(app)
+        for words in ("as built", "one", "other", "as built"):
+            app.dependency_overrides = {} if words == "as built" else {app.state.settings: lambda words=words: words}
+            assert client.get("/read").json() == f"nobody: {words} ['read']"
+            assert client.get("/write", params={"name": "Ada"}).json() == f"Ada: {words} ['write']"
+
+    def test_the_second_request_analyses_nothing(self, app, monkeypatch):
+        from dsnet_bluesky.adapters import dependencies
+
+        analysed = []
+        analyse = dependencies._analyse
+        monkeypatch.setattr(dependencies, "_analyse", lambda **question: analysed.append(question) or analyse(**question))
+        client, other = TestClient(app), lambda: "other"
+        app.dependency_overrides[app.state.settings] = other
+        assert client.get("/read").json() == client.get("/read").json() == "nobody: other ['read']"
+        first = len(analysed)
+        assert first > 0
+        client.get("/read")
+        assert len(analysed) == first
+
+    def test_wrong_requests_are_still_refused(self, app):
+        @app.get("/number")
+        def number(value: int) -> int:
+            return value
+
+        app.dependency_overrides[app.state.settings] = lambda: "other"
+        assert TestClient(app).get("/number", params={"value": "many"}).status_code == 422

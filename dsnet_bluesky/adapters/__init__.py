@@ -2,9 +2,10 @@
 
 Tiled finds these classes by MIME type (``adapters_by_mimetype`` in
 ``tiled_config/embedded.yml``). Whoever finds one of them has taught the server the query `questions.Latest`
-(`latest`), that of `within`, and to compare faster (`comparisons`).
+(`latest`), that of `within`, to compare faster (`comparisons`), and to analyse requests once (`dependencies`).
 """
 
+import dsnet_bluesky.adapters.dependencies
 import dsnet_bluesky.adapters.numbering  # noqa: F401 - teaches the server about numbered files
 
 from .comparisons import compare
