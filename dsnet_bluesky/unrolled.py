@@ -49,7 +49,7 @@ class UnrolledConfig:
     Raises
     ------
     BadInput
-        If there are more, or none.
+        If `unets` is neither 1 nor 2.
     """
 
     channels: tuple[int, ...] = (32, 48, 64, 96, 128)
@@ -64,7 +64,7 @@ class UnrolledConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from plain values, as a card or a recipe holds them."""
-        unets = values.get("unets", 2)  # cards of before say nothing of it
+        unets = values.get("unets", 2)  # older cards do not say
         return cls(channels=tuple(values["channels"]), kernel=values["kernel"], hidden=values["hidden"], unets=unets)
 
     def to_dict(self) -> dict[str, Any]:

@@ -144,6 +144,24 @@ class TestDependencies:
         client.get("/read")
         assert len(analysed) == first
 
+    def test_what_one_route_adds_does_not_reach_another(self, app):
+        from dsnet_bluesky.adapters.dependencies import get_dependant
+
+        first, second = (get_dependant(path="/read", call=app.routes[-1].endpoint) for _ in range(2))
+        first.dependencies.insert(0, second)
+        assert len(second.dependencies) == 1
+
+    def test_what_cannot_be_hashed_is_analysed_as_before(self):
+        from dsnet_bluesky.adapters.dependencies import get_dependant
+
+        class Unhashable:
+            __hash__ = None
+
+            def __call__(self, name: str) -> str:
+                return name
+
+        assert [field.name for field in get_dependant(path="/", call=Unhashable()).query_params] == ["name"]
+
     def test_wrong_requests_are_still_refused(self, app):
         @app.get("/number")
         def number(value: int) -> int:

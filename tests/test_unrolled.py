@@ -175,7 +175,7 @@ def test_other_numbers_of_unets_are_refused(unets):
 def test_configuration_survives_a_card():
     for config in (TINY, ALONE):
         assert UnrolledConfig.from_dict(config.to_dict()) == config
-    older = {"channels": [4, 6], "kernel": 3, "hidden": 2}  # cards before 2.2.0
+    older = {"channels": [4, 6], "kernel": 3, "hidden": 2}  # a card without `unets`
     assert UnrolledConfig.from_dict(older) == TINY
     assert type(TINY.to_dict()["channels"]) is list
     assert Unrolled().config == UnrolledConfig()

@@ -90,8 +90,9 @@ def test_exposures_are_desmeared_while_the_run_goes_on(served, served_line):
         uid = line.sample(exposures=3)
         node = eventually(complete(line, uid))
         assert seen == ["running"] * 3
-        assert watcher.statistics.exposures == 3
+        assert watcher.statistics.exposures >= 3  # runs of others may lie in the catalog, too
     result = node.read()
+    assert node.metadata["exposures"] == 3
     assert len(np.unique(result["I_smeared"].values[:, 10])) == 3, "each exposure once"
     assert node.metadata["pairing"]["how"] == "nearest"
     assert node.metadata["deferred"] is None
