@@ -47,7 +47,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from measured import plain
 from numpy.typing import NDArray
-from provenance import provenance
+from provenance import provenance, with_model
 from torch import Tensor
 
 from dsnet_bluesky.dsnet import MISSED, DSNet
@@ -490,7 +490,8 @@ def main(words: Sequence[str] | None = None) -> None:
         "consistency": lambda command: run_consistency(folder, scale, arguments.model, command, quick=quick),
     }
     for part in [arguments.part] if arguments.part else runs:
-        made = runs[part](f"python benchmarks/ablation.py --part {part}" + " --quick" * quick)
+        command = with_model(f"python benchmarks/ablation.py --part {part}" + " --quick" * quick, arguments.model)
+        made = runs[part](command)
         (folder / OUTCOMES.format(part=part)).write_text(json.dumps(made), encoding="utf-8")
     draw(folder, arguments.output / "ablation.png")
     (arguments.output / "ablation.md").write_text(report(folder), encoding="utf-8")

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from measured import COLOURS, available, plain, reason
 from numpy.typing import NDArray
-from provenance import provenance
+from provenance import provenance, with_model
 
 from dsnet_bluesky.data import BadInput, Flag, curve
 from dsnet_bluesky.desmearing import Prepared, prepare
@@ -523,6 +523,7 @@ def report(outcomes: list[Outcome], labels: Sequence[str], arguments: argparse.N
     tuned = [o for o in outcomes if "dsnet-paper" in o.answers]
     options = " --quick" if arguments.quick else f" --instruments {arguments.instruments} --curves {arguments.curves}"
     options += f" --beside {arguments.beside}" if arguments.beside else ""
+    command = with_model(f"python benchmarks/families.py{options}", arguments.model)
     kinds = ", ".join(f"{len({id(o.smearing) for o in g})} {k}" for k, g in all_groups(outcomes)["instrument"].items())
     families = len(all_groups(outcomes)["family"])
     protocol = PROTOCOL.format(
@@ -532,7 +533,7 @@ def report(outcomes: list[Outcome], labels: Sequence[str], arguments: argparse.N
     return "\n\n".join(
         [
             "# Families that no choice ever saw",
-            provenance(f"python benchmarks/families.py{options}", ("dsnet-bluesky", "numpy", "scipy", "torch", "sasmodels")),
+            provenance(command, ("dsnet-bluesky", "numpy", "scipy", "torch", "sasmodels")),
             protocol,
             "## Error of ln I",
             mse_table(outcomes, every),

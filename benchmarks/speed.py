@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
+from provenance import with_model
 
 from dsnet_bluesky.data import BadInput, curve
 from dsnet_bluesky.desmearing import METHODS as INSTALLED
@@ -279,7 +280,7 @@ def report(found: dict[str, dict[str, Any]], load: float, arguments: argparse.Na
     steps = "" if arguments.iterations == 500 else f" (here shortened to {arguments.iterations} steps)"
     parts = [
         "# Speed",
-        f"`python benchmarks/speed.py{' --quick' if arguments.quick else ''}`, {date}, {machines}, "
+        f"`{with_model('python benchmarks/speed.py' + ' --quick' * arguments.quick, arguments.model)}`, {date}, {machines}, "
         f"Python {platform.python_version()}, {versions}. Load of the machine before the run: {load:.1f} processes.",
         PROTOCOL.format(noise=100 * NOISE, patience=PATIENCE, limit=LIMIT, steps=steps, model=arguments.model),
         "" if torch.cuda.is_available() else "No GPU was there to be timed.",

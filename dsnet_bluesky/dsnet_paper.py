@@ -100,8 +100,7 @@ class DSNetPaper:
         self.smearing = smearing
         check_device(device)
         self.model = load_model(model)
-        architecture = self.model.card["architecture"]
-        if "unets" not in architecture or "hidden" in architecture:  # the latter of dsnet, which may have one U-Net
+        if "form_factor" not in self.model.card["data"]:
             raise BadInput(
                 f"{self.model.name} {self.model.version} is no model of the method dsnet-paper; leave out the option model."
             )

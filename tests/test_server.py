@@ -12,6 +12,7 @@ from fastapi.security import SecurityScopes
 from fastapi.testclient import TestClient
 from tiled.config import Config, parse_configs
 
+from dsnet_bluesky.adapters import dependencies
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.server import EMBEDDED, Server, ServerError, configuration, serve
 
@@ -102,8 +103,6 @@ class TestDependencies:
 
     @pytest.fixture
     def app(self):
-        import dsnet_bluesky.adapters  # noqa: F401 - which is what a server loads
-
         app = FastAPI()
 
         def settings() -> str:
@@ -131,8 +130,6 @@ class TestDependencies:
             assert client.get("/write", params={"name": "Ada"}).json() == f"Ada: {words} ['write']"
 
     def test_the_second_request_analyses_nothing(self, app, monkeypatch):
-        from dsnet_bluesky.adapters import dependencies
-
         analysed = []
         analyse = dependencies._analyse
         monkeypatch.setattr(dependencies, "_analyse", lambda **question: analysed.append(question) or analyse(**question))
@@ -145,22 +142,18 @@ class TestDependencies:
         assert len(analysed) == first
 
     def test_what_one_route_adds_does_not_reach_another(self, app):
-        from dsnet_bluesky.adapters.dependencies import get_dependant
-
-        first, second = (get_dependant(path="/read", call=app.routes[-1].endpoint) for _ in range(2))
+        first, second = (dependencies.get_dependant(path="/read", call=app.routes[-1].endpoint) for _ in range(2))
         first.dependencies.insert(0, second)
         assert len(second.dependencies) == 1
 
     def test_what_cannot_be_hashed_is_analysed_as_before(self):
-        from dsnet_bluesky.adapters.dependencies import get_dependant
-
         class Unhashable:
             __hash__ = None
 
             def __call__(self, name: str) -> str:
                 return name
 
-        assert [field.name for field in get_dependant(path="/", call=Unhashable()).query_params] == ["name"]
+        assert [field.name for field in dependencies.get_dependant(path="/", call=Unhashable()).query_params] == ["name"]
 
     def test_wrong_requests_are_still_refused(self, app):
         @app.get("/number")

@@ -86,13 +86,12 @@ def test_exposures_are_desmeared_while_the_run_goes_on(served, served_line):
 
     watched = True
     line.engine.subscribe(hold)
-    with watching(served) as watcher:
+    with watching(served, since=time.time()) as watcher:  # not what another test left a moment ago
         uid = line.sample(exposures=3)
         node = eventually(complete(line, uid))
         assert seen == ["running"] * 3
-        assert watcher.statistics.exposures >= 3  # runs of others may lie in the catalog, too
+        assert watcher.statistics.exposures == 3
     result = node.read()
-    assert node.metadata["exposures"] == 3
     assert len(np.unique(result["I_smeared"].values[:, 10])) == 3, "each exposure once"
     assert node.metadata["pairing"]["how"] == "nearest"
     assert node.metadata["deferred"] is None

@@ -204,15 +204,15 @@ def _first(recipe: Recipe) -> Unrolled:
         weights = load_file(load_model(recipe.begin).weights)
         learned = {name: tensor for name, tensor in weights.items() if not name.startswith("range.")}
         try:
-            network.load_state_dict(_first_unet(learned, network) if recipe.architecture.unets == 1 else learned)
+            network.load_state_dict(_fitting(learned, network))
         except RuntimeError as error:
             raise BadInput(f"The recipe cannot begin with {recipe.begin}: that is a network of another shape.") from error
     return network
 
 
-def _first_unet(learned: dict[str, Tensor], network: Unrolled) -> dict[str, Tensor]:
-    """Give the weights of one U-Net: of two the first, which was never asked for an error and learns to state it."""
-    if not any(name.startswith("refine.") for name in learned):
+def _fitting(learned: dict[str, Tensor], network: Unrolled) -> dict[str, Tensor]:
+    """Give one U-Net the weights of the first of two, which was never asked for an error and learns to state it; else all."""
+    if network.refine is not None or not any(name.startswith("refine.") for name in learned):
         return learned
     given = {name: tensor for name, tensor in learned.items() if name.startswith("propose.")}
     fresh = network.state_dict()
