@@ -1,7 +1,7 @@
 """What requests depend on, analysed once; importing this module tells FastAPI.
 
 Where an app overrides a dependency, as Tiled's does, FastAPI 0.165 reads the signatures of all that a route depends on
-for each request, and at each level again those of all that lies below: half of the time of a small request. What it
+for each request, and at each level again those of all that lies below: a third of the time of a small request. What it
 finds follows from what it is asked, so it is remembered (docs/decisions/0015-what-requests-depend-on-is-remembered.md).
 """
 
