@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,14 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def replaying(server: Server, method: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Start a replay in a process of its own, a run a batch; wait until it has stored something."""
     command = [sys.executable, "-m", "dsnet_bluesky", "replay", "--model", method, "--batch", "1", *options]
-    environment = {**os.environ, "TILED_URI": server.uri, "TILED_API_KEY": server.api_key}
+    environment = {**os.environ, "TILED_URI": server.uri, "TILED_API_KEY": server.api_key, "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        until(lambda: stored(server, method) or process.poll() is not None)
+        if not until(lambda: stored(server, method) or process.poll() is not None):
+            os.killpg(process.pid, signal.SIGABRT)  # it, and its workers, say where they are
+            pytest.fail(f"Nothing was stored for two minutes:\n{process.communicate(timeout=60)[0]}")
         yield process
     finally:
         if process.poll() is None:
@@ -63,11 +65,14 @@ def replaying(server: Server, method: str, *options: str) -> Iterator[subprocess
         process.communicate()
 
 
-def until(holds: Any, seconds: float = 120.0) -> None:
+def until(holds: Callable[[], object], seconds: float = 120.0) -> bool:
+    """Wait; False if that took too long."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it took too long"
+        if time.monotonic() > end:
+            return False
         time.sleep(0.05)
+    return True
 
 
 def results(server: Server, method: str) -> list[Any]:
