@@ -170,9 +170,9 @@ def curve(
 
 def describe(dataset: xr.Dataset) -> xr.Dataset:
     """Write the `long_name` of every variable that the vocabulary knows, in place."""
-    for name in dataset.variables:
+    for name, variable in dataset.variables.items():
         if name in LONG_NAMES:
-            dataset[name].attrs.setdefault("long_name", LONG_NAMES[str(name)])
+            variable.attrs.setdefault("long_name", LONG_NAMES[str(name)])
     return dataset
 
 
@@ -202,7 +202,7 @@ def check_curve(dataset: xr.Dataset) -> xr.Dataset:
             "Sort the points and merge repeated ones."
         )
     # Of the arrays, not of their Dataset: this is asked of every exposure of a live scan.
-    I, Idev = (dataset[name].transpose(..., "q").values for name in ("I", "Idev"))
+    I, Idev = (dataset.variables[name].transpose(..., "q").values for name in ("I", "Idev"))
     usable = np.isfinite(I) & (Idev > 0) & (Idev < np.inf)
     if not usable.all(axis=-1).any():
         check_intensities(dataset)
@@ -219,7 +219,7 @@ def check_intensities(dataset: xr.Dataset) -> None:
         some methods refuse them.
     """
     for name in ("I", "Idev"):
-        bad = ~np.isfinite(exposures_of(dataset)[name].transpose("exposure", "q").values)
+        bad = ~np.isfinite(exposures_of(dataset).variables[name].transpose("exposure", "q").values)
         if bad.any():
             where = dataset["q"].values[np.argmax(bad.any(axis=0))]
             raise BadInput(

@@ -1,17 +1,20 @@
 """The indirect transform for many curves at once: evidence over a ladder of diameters and ridges.
 
 The same series as in `desmearing.ift`, solved by normal equations in double precision,
-batched over curves, on any device of torch. It is what a network is told about
-the hypothesis "this is a finite particle", not a method by itself.
+batched over curves, on any device of torch; a few curves are solved one by one, where batches are too
+small for what they cost. It is what a network is told about the hypothesis "this is a finite particle",
+not a method by itself.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg.blas import dsyrk
+from scipy.linalg.lapack import dpotrf, dtrtri
 from torch import Tensor
 
 from .desmearing.ift import BEYOND, sine_series
@@ -39,6 +42,9 @@ FITTING = 2.0
 
 SMALL = 48
 """Up to so many terms all ridges are tried: they cost next to nothing."""
+
+FEW = 4
+"""Up to so many curves are solved one by one."""
 
 FAILED = -1e300
 """Evidence of a matrix without a Cholesky factor; a larger ridge helps."""
@@ -84,9 +90,24 @@ class IndirectLadder:
             self.rungs.append(
                 tuple(torch.as_tensor(a / scale, dtype=torch.float64, device=device) for a in (basis, smeared))  # type: ignore[arg-type]
             )
+        self._host = [(basis.cpu().numpy(), smeared.cpu().numpy()) for basis, smeared in self.rungs]
 
     def __call__(self, I: Tensor, Idev: Tensor) -> Indirect:
         """Fit curves, shape (exposure, n), in double precision, whose scale is about 1."""
+        mean, deviation, chi2, rung = (self._few if len(I) <= FEW else self._many)(I, Idev)
+        mean = _positive_mean(mean, deviation)
+        relative = (deviation / mean).clamp(1e-6, 1e2)
+        rank = rung.double() / max(len(self.rungs) - 1, 1)
+        return Indirect(torch.log(mean).float(), relative.float(), chi2.clamp(1e-4, 1e8).float(), rank.float())
+
+    def _few(self, I: Tensor, Idev: Tensor) -> tuple[Tensor, ...]:
+        """Solve curves one by one, on the host."""
+        curves = zip(I.cpu().numpy(), Idev.cpu().numpy(), strict=True)
+        found = [_One(self._host, *curve).solve() for curve in curves]
+        return tuple(torch.as_tensor(np.array(column), device=I.device) for column in zip(*found, strict=True))
+
+    def _many(self, I: Tensor, Idev: Tensor) -> tuple[Tensor, ...]:
+        """Solve curves together."""
         scan = _Scan(self.rungs, I, Idev)
         active = torch.arange(len(I), device=I.device)
         ridge = torch.zeros_like(active)
@@ -102,6 +123,90 @@ class IndirectLadder:
             if beside.numel():
                 scan.climb(place, beside, ridge[beside])
         return scan.answer()
+
+
+class _One:
+    """What `_Scan` is for many curves, for one, in LAPACK's words: small operations on batches of one cost more than they do."""
+
+    def __init__(self, rungs: list[tuple[NDArray, NDArray]], I: NDArray, Idev: NDArray) -> None:
+        self.rungs, self.weight, self.target = rungs, 1 / Idev, I / Idev
+        self.evidence = np.full((len(rungs), len(RIDGES)), -np.inf)
+        self.misfit = np.zeros_like(self.evidence)
+        self.normals: dict[int, NDArray] = {}
+
+    def solve(self) -> tuple[NDArray, NDArray, float, int]:
+        """Give the mean and the deviation of the most evident series on q_calc, its chi2, and its rung."""
+        ridge = 0
+        for place in range(0, len(self.rungs), 2):
+            self.climb(place, ridge)
+            ridge = int(self.evidence[place].argmax())
+            if not self.hopeful(place):
+                break
+        nearest, ridge = self.best()
+        for place in {nearest - 1, nearest + 1} & set(range(1, len(self.rungs), 2)):
+            self.climb(place, ridge)
+        return self.answer()
+
+    def climb(self, place: int, start: int) -> None:
+        """Try one rung, with ridges uphill from the place `start`, or with all where that costs little."""
+        design = self.weight[:, None] * self.rungs[place][1]
+        design[:, -1] = self.target
+        normal = self.normals[place] = dsyrk(1.0, design.T, lower=True)
+        diagonal = _diagonal(normal)
+        square, loose, terms = diagonal[-1], 1e-14 * diagonal[-2], len(normal) - 2
+        diagonal[-2] += loose
+        diagonal[-1] += square
+        reach = 1 if terms > SMALL else len(RIDGES)
+        fresh = set(range(len(RIDGES)))
+        wanted = {column for column in fresh if abs(column - start) <= reach}
+        while wanted:
+            fresh -= wanted
+            for column in wanted:
+                factor, failed, ridge = self._factor(place, column)
+                pivots = _diagonal(factor)
+                self.misfit[place, column] = misfit = pivots[-1] ** 2 - square
+                if failed:
+                    self.evidence[place, column] = FAILED / (1 + column)
+                else:
+                    logdet = 2 * np.log(pivots[:-1]).sum()
+                    self.evidence[place, column] = _evidence(misfit, logdet, terms, np.log(ridge), np.log(loose))
+            best = int(self.evidence[place].argmax())
+            wanted = {best - 1, best, best + 1} & fresh
+
+    def _factor(self, place: int, column: int) -> tuple[NDArray, int, float]:
+        """Give the Cholesky factor of a rung's normal matrix with a ridge, whether that failed, and the ridge."""
+        normal = self.normals[place].copy(order="F")
+        diagonal = _diagonal(normal)[:-2]
+        ridge = diagonal.max() * RIDGES[column]
+        diagonal += ridge
+        return *dpotrf(normal, lower=True, clean=True, overwrite_a=True), ridge
+
+    def hopeful(self, place: int) -> bool:
+        """Whether a longer series than this rung's may yet fit better."""
+        rung, ridge = self.best()
+        near = self.evidence[place].max() > self.evidence[rung, ridge] - CLEARLY
+        return bool(place - rung < 2 * PATIENCE or near or self.misfit[rung, ridge] > FITTING * self.target.size)
+
+    def best(self) -> tuple[int, int]:
+        """Rung and place of the ridge of largest evidence."""
+        rung, ridge = divmod(int(self.evidence.argmax()), len(RIDGES))
+        return rung, ridge
+
+    def answer(self) -> tuple[NDArray, NDArray, float, int]:
+        """Give what `solve` gives."""
+        rung, ridge = self.best()
+        basis, smeared = self.rungs[rung]
+        factor = self._factor(rung, ridge)[0]
+        root = dtrtri(factor[:-1, :-1], lower=True)[0]
+        solution = root.T @ factor[-1, :-1]
+        deviation = np.sqrt(np.square(root @ basis.T).sum(axis=0))
+        rest = self.target - self.weight * (smeared[:, :-1] @ solution)
+        return basis @ solution, deviation, float(np.square(rest).mean()), rung
+
+
+def _diagonal(matrix: NDArray) -> NDArray:
+    """Give the diagonal of a matrix, to be written to."""
+    return np.einsum("ii->i", matrix)
 
 
 class _Scan:
@@ -136,7 +241,7 @@ class _Scan:
             pivots = factor.diagonal(dim1=-2, dim2=-1)
             misfit = pivots[:, -1] ** 2 - square[rows]
             logdet = 2 * pivots[:, :-1].log().sum(dim=1)
-            evidence = -0.5 * (misfit + logdet - terms * ridge.log() - loose[rows].log())
+            evidence = _evidence(misfit, logdet, terms, ridge.log(), loose[rows].log())
             self.evidence[curves[rows], place, columns] = torch.where(info == 0, evidence, FAILED / (1 + columns))
             self.misfit[curves[rows], place, columns] = misfit
             best = self.evidence[curves, place].argmax(dim=1)
@@ -163,8 +268,8 @@ class _Scan:
         best = self.evidence.flatten(1).argmax(dim=1)
         return best // len(RIDGES), best % len(RIDGES)
 
-    def answer(self) -> Indirect:
-        """Most evident series of each curve."""
+    def answer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give mean and deviation of the most evident series of each curve on q_calc, its chi2, and its rung."""
         best, ridge = self.best()
         count, nodes = len(best), len(self.rungs[0][0])
         mean, deviation = self.target.new_empty(count, nodes), self.target.new_empty(count, nodes)
@@ -184,10 +289,12 @@ class _Scan:
             deviation[chosen] = (root @ basis.T).square().sum(dim=1).sqrt()
             rest = self.target[chosen] - self.weight[chosen] * (solution @ smeared[:, :-1].T)
             chi2[chosen] = rest.square().mean(dim=-1)
-        mean = _positive_mean(mean, deviation)
-        relative = (deviation / mean).clamp(1e-6, 1e2)
-        rank = best.double() / max(len(self.rungs) - 1, 1)
-        return Indirect(torch.log(mean).float(), relative.float(), chi2.clamp(1e-4, 1e8).float(), rank.float())
+        return mean, deviation, chi2, best
+
+
+def _evidence(misfit: Any, logdet: Any, terms: int, ln_ridge: Any, ln_loose: Any) -> Any:
+    """Give ln of the evidence, but for what all rungs have in common."""
+    return -0.5 * (misfit + logdet - terms * ln_ridge - ln_loose)
 
 
 def _positive_mean(mean: Tensor, deviation: Tensor) -> Tensor:

@@ -248,6 +248,20 @@ class TestLimits:
             assert float(moved["chi2"][missed].median()) < 0.5 * float(bare["chi2"][missed].median())
 
 
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_threads_share_no_batch_and_keep_their_number(prepared, count):
+    """On a busy machine threads that share one wait for each other for seconds."""
+    seen, threads = set(), torch.get_num_threads()
+    hook = prepared._solver.network.register_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        prepared(measured(0.02, count=count))
+        assert (seen, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        hook.remove()
+        torch.set_num_threads(threads)
+
+
 class TestVersions:
     def test_a_version_can_be_asked_for(self, prepared):
         version = load_model(prepared.method).version

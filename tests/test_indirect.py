@@ -123,6 +123,22 @@ def test_the_scan_misses_nothing(operator, monkeypatch):
         torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("noise", [1e-3, 0.02, 0.3])
+def test_one_by_one_is_as_together(operator, monkeypatch, noise):
+    """Few curves go another way to the same answer; what has no answer has none either way."""
+    balls = [smeared(lambda q, R=R: ball(q, R, 0.5)) for R in (0.5, 2.0, 8.0)]
+    ideals = np.array([*balls, smeared(peaks, 0.02), np.ones(Q.size)])
+    curves = ideals * (1 + noise * np.random.default_rng(8).standard_normal(ideals.shape))
+    curves[-1, 3] = np.nan
+    I, Idev = tensors(curves, noise * ideals)
+    monkeypatch.setattr(indirect, "FEW", len(curves))
+    alone = fit(operator, I, Idev)
+    monkeypatch.setattr(indirect, "FEW", 0)
+    for part, whole in zip(alone, fit(operator, I, Idev), strict=True):
+        torch.testing.assert_close(part[:-1], whole[:-1], rtol=1e-5, atol=1e-6)
+    assert alone.ln_I[-1].isnan().all()
+
+
 def test_no_factor_is_no_answer_of_others(operator):
     """Curves whose matrices have no Cholesky factor leave the rest of their batch alone."""
     ideal = smeared(ball)

@@ -273,7 +273,7 @@ class Prepared:
 
     def _answer(self, batch: xr.Dataset) -> xr.Dataset:
         check_intensities(batch)
-        I, Idev = (batch[name].transpose("exposure", "q").values for name in ("I", "Idev"))
+        I, Idev = (batch.variables[name].transpose("exposure", "q").values for name in ("I", "Idev"))
         return self._assemble(batch, I, Idev, self._solver(I, Idev))
 
     def _check_grid(self, q: NDArray) -> None:
@@ -311,8 +311,8 @@ class Prepared:
         variables["status"] = ("exposure", np.full(chi2.shape, "ok"))
         variables |= {name: ("exposure", values) for name, values in solution.diagnostics.items()}
         result = xr.Dataset(variables, coords=batch.coords, attrs=batch.attrs | self._attrs(solution))
-        result["I"].attrs["uncertainties"] = "Idev"
-        result["q"].attrs["resolutions"] = "Qdev"
+        result.variables["I"].attrs["uncertainties"] = "Idev"
+        result.variables["q"].attrs["resolutions"] = "Qdev"
         return describe(result)
 
     def _no_answer(self, why: str = "") -> BadInput:
