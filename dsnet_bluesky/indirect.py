@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsyrk
-from scipy.linalg.lapack import dpotrf, dtrtri
+from scipy.linalg import get_blas_funcs, get_lapack_funcs
 from torch import Tensor
 
 from .desmearing.ift import BEYOND, sine_series
 
 __all__ = ["Indirect", "IndirectLadder"]
+
+(syrk,) = get_blas_funcs(("syrk",), dtype=np.float64)
+potrf, trtri = get_lapack_funcs(("potrf", "trtri"), dtype=np.float64)
 
 LARGEST = 128
 """Largest number of terms of the series."""
@@ -151,7 +153,7 @@ class _One:
         """Try one rung, with ridges uphill from the place `start`, or with all where that costs little."""
         design = self.weight[:, None] * self.rungs[place][1]
         design[:, -1] = self.target
-        normal = self.normals[place] = dsyrk(1.0, design.T, lower=True)
+        normal = self.normals[place] = syrk(1.0, design.T, lower=True)
         diagonal = _diagonal(normal)
         square, loose, terms = diagonal[-1], 1e-14 * diagonal[-2], len(normal) - 2
         diagonal[-2] += loose
@@ -179,7 +181,7 @@ class _One:
         diagonal = _diagonal(normal)[:-2]
         ridge = diagonal.max() * RIDGES[column]
         diagonal += ridge
-        return *dpotrf(normal, lower=True, clean=True, overwrite_a=True), ridge
+        return *potrf(normal, lower=True, clean=True, overwrite_a=True), ridge
 
     def hopeful(self, place: int) -> bool:
         """Whether a longer series than this rung's may yet fit better."""
@@ -197,7 +199,7 @@ class _One:
         rung, ridge = self.best()
         basis, smeared = self.rungs[rung]
         factor = self._factor(rung, ridge)[0]
-        root = dtrtri(factor[:-1, :-1], lower=True)[0]
+        root = trtri(factor[:-1, :-1], lower=True)[0]
         solution = root.T @ factor[-1, :-1]
         deviation = np.sqrt(np.square(root @ basis.T).sum(axis=0))
         rest = self.target - self.weight * (smeared[:, :-1] @ solution)
