@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster, Worker
 from tiled.queries import Key
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.pipeline import Config
 from dsnet_bluesky.questions import Between, OfRun, Quality, Sample
 from dsnet_bluesky.replay import replay
+from dsnet_bluesky.replay.unprofiled import Unprofiled
 
 LAKE = Config(method="lake", bins=100, per_bin=64)
 WIENER = dataclasses.replace(LAKE, method="wiener")
@@ -133,6 +135,20 @@ def test_unusable_input_is_refused_before_anything_is_begun(line):
     asked = [OfRun(line.sample(direct_beam_uid="any"))]
     with pytest.raises(BadInput, match=r"No scheduler of dask answers at tcp://127\.0\.0\.1:9 .*start one with `dask scheduler`"):
         replay(line.client, config=LAKE, questions=asked, dask="tcp://127.0.0.1:9")
+
+
+def test_workers_are_not_profiled():
+    """With Python 3.11 a profiler can stop one for ever; one that was restarted has none either."""
+    with LocalCluster(n_workers=1, dashboard_address="") as local, Client(local) as cluster:
+        assert list(cluster.run(profiled).values()) == [True]
+        cluster.register_plugin(Unprofiled())
+        assert list(cluster.run(profiled).values()) == [False]
+        cluster.restart()
+        assert list(cluster.run(profiled).values()) == [False]
+
+
+def profiled(dask_worker: Worker) -> bool:
+    return "profile" in dask_worker.periodic_callbacks
 
 
 def test_the_command_in_a_cluster_of_its_own(served, served_line):

@@ -308,6 +308,9 @@ class _Cluster:
     def __init__(self, cluster: Any, work: Work, *, verify: bool) -> None:
         from distributed import as_completed
 
+        from .unprofiled import Unprofiled
+
+        cluster.register_plugin(Unprofiled())
         self._cluster, self._work = cluster, work
         self._do = check if verify else do
         self._batches: dict[Any, list[str]] = {}

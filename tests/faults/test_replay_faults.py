@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,29 @@ def replaying(server: Server, method: str, *options: str) -> Iterator[subprocess
     )
     try:
         if not until(lambda: stored(server, method) or process.poll() is not None):
-            os.killpg(process.pid, signal.SIGABRT)  # it, and its workers, say where they are
-            pytest.fail(f"Nothing was stored for two minutes:\n{process.communicate(timeout=60)[0]}")
+            pytest.fail(f"Nothing was stored for two minutes:\n{where(process)}")
         yield process
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def where(process: subprocess.Popen[str]) -> str:
+    """Have a replay and its workers say where they are; it ends them."""
+    os.killpg(process.pid, signal.SIGABRT)
+    try:
+        return process.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired as error:
+        return str(error.output)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """Wait for the end of a replay; give what it said."""
+    try:
+        return process.communicate(timeout=150)[0]
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"It does not end:\n{error.output}\n{where(process)}")
 
 
 def until(holds: Callable[[], object], seconds: float = 120.0) -> bool:
@@ -118,7 +134,7 @@ def test_a_worker_is_killed(archive: Server) -> None:
             child for child in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in str(child.cmdline())
         ]
         worker.kill()
-        output, _ = process.communicate(timeout=200)
+        output = ended(process)
         assert process.returncode == 0, output
     completes(archive, "ift", before)
 
@@ -130,7 +146,7 @@ def test_the_server_is_killed(archive: Server) -> None:
         os.kill(archive.pid, signal.SIGKILL)
         archive.stop()
         archive.start()
-        output, _ = process.communicate(timeout=200)
+        output = ended(process)
         assert process.returncode in (0, 3), output
     completes(archive, "map", before)
 
@@ -147,7 +163,7 @@ def test_the_scheduler_is_killed(archive: Server, tmp_path: Path) -> None:
         time.sleep(10)
         with replaying(archive, "cme", "--dask", address) as process:
             scheduler.kill()
-            output, _ = process.communicate(timeout=200)
+            output = ended(process)
             assert process.returncode in (0, 3), output
             assert process.returncode == 0 or "The same command goes on." in output
     finally:
