@@ -137,10 +137,15 @@ def times(action: Callable[[], Any], seconds: float, most: int) -> list[float]:
     return [once(action) for _ in range(repeats)] or [first]
 
 
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+"""A process that computes as long as the one that started it lives."""
+
+
 @contextmanager
 def busy() -> Iterator[None]:
     """Keep every core busy with another process."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    cores = len(os.sched_getaffinity(0))
+    others = [subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.DEVNULL) for _ in range(cores)]
     try:
         yield
     finally:
@@ -324,10 +329,10 @@ def report(found: dict[str, dict[str, Any]], load: float, arguments: argparse.Na
 
 PROTOCOL = """\
 Curves: three spheres with a background, {noise:g} % noise, Idev given. **prepare**: `prepare(smearing, method)`, once for an
-instrument. **one**: `prepared(curves)` for a single curve (median of up to 60 calls after a first). **busy**: the same while
-as many other processes as there are cores compute, and what nine calls in ten stay below. **curves/s**: for batches, on the
-idle machine; left out where one would take more than {patience:g} s. What is not timed within {limit:g} s of its number of
-threads is left out. All answers come with Idev, but those of dsnet-paper. dsnet
+instrument. **one**: `prepared(curves)` for a single curve (median of up to 60 calls after a first). **busy**: the median while
+as many other processes as there are cores compute, and in brackets what nine calls in ten stay below. **curves/s**: for
+batches, on the idle machine; left out where one would take more than {patience:g} s. What is not timed within {limit:g} s of its
+number of threads is left out. All answers come with Idev, but those of dsnet-paper. dsnet
 (model {model}) has its default options: proximal steps and classical methods where the network's answer misses the measurement;
 "network only" leaves these out, "half" lets convolutions compute in bfloat16. dsnet-fast has one U-Net in place of two.
 dsnet-paper is fine-tuned to each curve with 500 steps{steps}, on the paper's grid.

@@ -19,6 +19,7 @@ Uncertainty
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -139,9 +140,10 @@ class DSNet:
             or ``ift``) and the network's chi2 before any step, `attrs` how errors are correlated.
         """
         on_cpu = self.operator.device.type == "cpu"
-        threads, most = (torch.get_num_threads(), BATCH_NODES) if on_cpu else (1, DEVICE_BATCH_NODES)
-        batch = max(1, min(most // self.operator.smearing.q_calc.size, -(-len(I) // threads)))
-        parts = _side_by_side(lambda i: self._pass(I[i : i + batch], Idev[i : i + batch]), range(0, len(I), batch), threads)
+        with _one_thread as threads:
+            most, beside = (BATCH_NODES, threads) if on_cpu else (DEVICE_BATCH_NODES, 1)
+            batch = max(1, min(most // self.operator.smearing.q_calc.size, -(-len(I) // beside)))
+            parts = _side_by_side(lambda i: self._pass(I[i : i + batch], Idev[i : i + batch]), range(0, len(I), batch), beside)
         found = _Found(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         solution = self._solution(found)
         if self.fallback:
@@ -239,19 +241,39 @@ class DSNet:
 
 
 def _side_by_side(answer: Callable[[int], _Found], places: Sequence[int], most: int) -> list[_Found]:
-    """Answer batches in `most` threads, each in one: threads that share a batch wait for each other at every operation.
+    """Answer batches, so many at the same time at most, each in one thread."""
+    if min(len(places), most) < 2:
+        return [answer(place) for place in places]
+    with ThreadPoolExecutor(most, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(answer, places))
 
-    On a busy machine they wait a hundred times longer than they compute.
+
+class _OneThread:
+    """While it is entered, by one thread or by several, torch computes with one thread; gives how many it has otherwise.
+
+    Threads that share a small operation wait for each other at each of them, and on a busy machine far longer than
+    they compute. What is set in one thread holds for all that are new, so only the first to enter can tell
+    the number that the last to leave must restore.
     """
-    threads, workers = torch.get_num_threads(), min(len(places), most)
-    try:
-        torch.set_num_threads(1)
-        if workers < 2:
-            return [answer(place) for place in places]
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(answer, places))
-    finally:
-        torch.set_num_threads(threads)  # what is set here holds for all threads to come
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._threads = threading.Lock(), 0, 0
+
+    def __enter__(self) -> int:
+        with self._lock:
+            if not self._inside:
+                self._threads = torch.get_num_threads()
+            self._inside += 1
+            torch.set_num_threads(1)
+            return self._threads
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(self._threads)
+
+
+_one_thread = _OneThread()
 
 
 def _on_q(smearing: Smearing, solution: Solution) -> Floats:

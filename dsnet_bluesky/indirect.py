@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import get_blas_funcs, get_lapack_funcs
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from .desmearing.ift import BEYOND, sine_series
 
 __all__ = ["Indirect", "IndirectLadder"]
 
-(syrk,) = get_blas_funcs(("syrk",), dtype=np.float64)
-potrf, trtri = get_lapack_funcs(("potrf", "trtri"), dtype=np.float64)
+(potrf,) = get_lapack_funcs(("potrf",), dtype=np.float64)
 
 LARGEST = 128
 """Largest number of terms of the series."""
@@ -45,8 +44,8 @@ FITTING = 2.0
 SMALL = 48
 """Up to so many terms all ridges are tried: they cost next to nothing."""
 
-FEW = 4
-"""Up to so many curves are solved one by one."""
+FEW = 2
+"""Up to so many curves are solved one by one; but for rounding, the answers are those of a batch."""
 
 FAILED = -1e300
 """Evidence of a matrix without a Cholesky factor; a larger ridge helps."""
@@ -92,11 +91,11 @@ class IndirectLadder:
             self.rungs.append(
                 tuple(torch.as_tensor(a / scale, dtype=torch.float64, device=device) for a in (basis, smeared))  # type: ignore[arg-type]
             )
-        self._host = [(basis.cpu().numpy(), smeared.cpu().numpy()) for basis, smeared in self.rungs]
+        self._host = [(basis.cpu(), smeared.cpu()) for basis, smeared in self.rungs]
 
     def __call__(self, I: Tensor, Idev: Tensor) -> Indirect:
         """Fit curves, shape (exposure, n), in double precision, whose scale is about 1."""
-        mean, deviation, chi2, rung = (self._few if len(I) <= FEW else self._many)(I, Idev)
+        mean, deviation, chi2, rung = (self._few if 0 < len(I) <= FEW else self._many)(I, Idev)
         mean = _positive_mean(mean, deviation)
         relative = (deviation / mean).clamp(1e-6, 1e2)
         rank = rung.double() / max(len(self.rungs) - 1, 1)
@@ -104,9 +103,8 @@ class IndirectLadder:
 
     def _few(self, I: Tensor, Idev: Tensor) -> tuple[Tensor, ...]:
         """Solve curves one by one, on the host."""
-        curves = zip(I.cpu().numpy(), Idev.cpu().numpy(), strict=True)
-        found = [_One(self._host, *curve).solve() for curve in curves]
-        return tuple(torch.as_tensor(np.array(column), device=I.device) for column in zip(*found, strict=True))
+        found = [_One(self._host, *curve).solve() for curve in zip(I.cpu(), Idev.cpu(), strict=True)]
+        return tuple(torch.stack(column).to(I.device) for column in zip(*found, strict=True))
 
     def _many(self, I: Tensor, Idev: Tensor) -> tuple[Tensor, ...]:
         """Solve curves together."""
@@ -128,15 +126,18 @@ class IndirectLadder:
 
 
 class _One:
-    """What `_Scan` is for many curves, for one, in LAPACK's words: small operations on batches of one cost more than they do."""
+    """The same as `_Scan`, for one curve: what torch needs to choose among batches takes longer than the arithmetic of one.
 
-    def __init__(self, rungs: list[tuple[NDArray, NDArray]], I: NDArray, Idev: NDArray) -> None:
-        self.rungs, self.weight, self.target = rungs, 1 / Idev, I / Idev
+    Products are torch's all the same: it can be kept to one thread (`dsnet._one_thread`), numpy cannot.
+    """
+
+    def __init__(self, rungs: list[tuple[Tensor, Tensor]], I: Tensor, Idev: Tensor) -> None:
+        self.rungs, self.weight, self.target = rungs, (1 / Idev)[:, None], I / Idev
         self.evidence = np.full((len(rungs), len(RIDGES)), -np.inf)
         self.misfit = np.zeros_like(self.evidence)
         self.normals: dict[int, NDArray] = {}
 
-    def solve(self) -> tuple[NDArray, NDArray, float, int]:
+    def solve(self) -> tuple[Tensor, ...]:
         """Give the mean and the deviation of the most evident series on q_calc, its chi2, and its rung."""
         ridge = 0
         for place in range(0, len(self.rungs), 2):
@@ -151,11 +152,11 @@ class _One:
 
     def climb(self, place: int, start: int) -> None:
         """Try one rung, with ridges uphill from the place `start`, or with all where that costs little."""
-        design = self.weight[:, None] * self.rungs[place][1]
+        design = self.weight * self.rungs[place][1]
         design[:, -1] = self.target
-        normal = self.normals[place] = syrk(1.0, design.T, lower=True)
-        diagonal = _diagonal(normal)
-        square, loose, terms = diagonal[-1], 1e-14 * diagonal[-2], len(normal) - 2
+        normal = self.normals[place] = (design.mT @ design).numpy()
+        diagonal, terms = _diagonal(normal), len(normal) - 2
+        loose, square = 1e-14 * diagonal[-2], diagonal[-1] or 1.0
         diagonal[-2] += loose
         diagonal[-1] += square
         reach = 1 if terms > SMALL else len(RIDGES)
@@ -181,29 +182,26 @@ class _One:
         diagonal = _diagonal(normal)[:-2]
         ridge = diagonal.max() * RIDGES[column]
         diagonal += ridge
-        return *potrf(normal, lower=True, clean=True, overwrite_a=True), ridge
+        return *potrf(normal, lower=True, overwrite_a=True), ridge
 
     def hopeful(self, place: int) -> bool:
         """Whether a longer series than this rung's may yet fit better."""
         rung, ridge = self.best()
         near = self.evidence[place].max() > self.evidence[rung, ridge] - CLEARLY
-        return bool(place - rung < 2 * PATIENCE or near or self.misfit[rung, ridge] > FITTING * self.target.size)
+        return bool(place - rung < 2 * PATIENCE or near or self.misfit[rung, ridge] > FITTING * len(self.target))
 
     def best(self) -> tuple[int, int]:
         """Rung and place of the ridge of largest evidence."""
         rung, ridge = divmod(int(self.evidence.argmax()), len(RIDGES))
         return rung, ridge
 
-    def answer(self) -> tuple[NDArray, NDArray, float, int]:
+    def answer(self) -> tuple[Tensor, ...]:
         """Give what `solve` gives."""
         rung, ridge = self.best()
-        basis, smeared = self.rungs[rung]
-        factor = self._factor(rung, ridge)[0]
-        root = trtri(factor[:-1, :-1], lower=True)[0]
-        solution = root.T @ factor[-1, :-1]
-        deviation = np.sqrt(np.square(root @ basis.T).sum(axis=0))
-        rest = self.target - self.weight * (smeared[:, :-1] @ solution)
-        return basis @ solution, deviation, float(np.square(rest).mean()), rung
+        factor, failed, _ = self._factor(rung, ridge)
+        told = torch.from_numpy(factor)[None], torch.from_numpy(np.array([failed]))
+        solved = _solved(*told, *self.rungs[rung], self.weight.mT, self.target[None])
+        return *(part[0] for part in solved), torch.from_numpy(np.array(rung))
 
 
 def _diagonal(matrix: NDArray) -> NDArray:
@@ -232,7 +230,8 @@ class _Scan:
         normal = design.mT @ design
         self.normals[place] = curves, normal
         diagonal = normal.diagonal(dim1=-2, dim2=-1)
-        square, loose, terms = diagonal[:, -1].clone(), 1e-14 * diagonal[:, -2], diagonal.shape[1] - 2
+        loose, terms = 1e-14 * diagonal[:, -2], diagonal.shape[1] - 2
+        square = torch.where(diagonal[:, -1] == 0, 1.0, diagonal[:, -1])
         diagonal[:, -2] += loose  # the background has hardly any ridge
         diagonal[:, -1] += square  # no rounding makes the last pivot vanish
         wanted = (self.places - start[:, None]).abs() <= (1 if terms > SMALL else len(RIDGES))
@@ -244,7 +243,7 @@ class _Scan:
             misfit = pivots[:, -1] ** 2 - square[rows]
             logdet = 2 * pivots[:, :-1].log().sum(dim=1)
             evidence = _evidence(misfit, logdet, terms, ridge.log(), loose[rows].log())
-            self.evidence[curves[rows], place, columns] = torch.where(info == 0, evidence, FAILED / (1 + columns))
+            self.evidence[curves[rows], place, columns] = torch.where(info == 0, evidence, FAILED / (1 + columns.double()))
             self.misfit[curves[rows], place, columns] = misfit
             best = self.evidence[curves, place].argmax(dim=1)
             wanted = ((self.places - best[:, None]).abs() <= 1) & fresh
@@ -280,18 +279,25 @@ class _Scan:
             wins = (best[curves] == place).nonzero()[:, 0]
             if not wins.numel():
                 continue
-            basis, smeared = self.rungs[place]
             chosen = curves[wins]
-            factor = self._factor(normal[wins], ridge[chosen])[0]
-            inner, half = factor[:, :-1, :-1], factor[:, -1, :-1, None]
-            solution = torch.linalg.solve_triangular(inner.mT, half, upper=True)[..., 0]
-            mean[chosen] = solution @ basis.T
-            unit = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
-            root = torch.linalg.solve_triangular(inner, unit.expand_as(inner), upper=False)
-            deviation[chosen] = (root @ basis.T).square().sum(dim=1).sqrt()
-            rest = self.target[chosen] - self.weight[chosen] * (solution @ smeared[:, :-1].T)
-            chi2[chosen] = rest.square().mean(dim=-1)
+            factor, failed, _ = self._factor(normal[wins], ridge[chosen])
+            solved = _solved(factor, failed, *self.rungs[place], self.weight[chosen], self.target[chosen])
+            mean[chosen], deviation[chosen], chi2[chosen] = solved
         return mean, deviation, chi2, best
+
+
+def _solved(
+    factor: Tensor, failed: Tensor, basis: Tensor, smeared: Tensor, weight: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give mean and deviation on q_calc, and chi2, of curves from the Cholesky factors of one rung; NaN where there is none."""
+    inner, half = factor[:, :-1, :-1], factor[:, -1, :-1, None]
+    inner = torch.where(failed[:, None, None] > 0, torch.nan, inner)
+    solution = torch.linalg.solve_triangular(inner.mT, half, upper=True)[..., 0]
+    unit = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+    root = torch.linalg.solve_triangular(inner, unit.expand_as(inner), upper=False)
+    deviation = (root @ basis.T).square().sum(dim=1).sqrt()
+    rest = target - weight * (solution @ smeared[:, :-1].T)
+    return solution @ basis.T, deviation, rest.square().mean(dim=-1)
 
 
 def _evidence(misfit: Any, logdet: Any, terms: int, ln_ridge: Any, ln_loose: Any) -> Any:

@@ -1,3 +1,6 @@
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
@@ -257,6 +260,20 @@ def test_threads_share_no_batch_and_keep_their_number(prepared, count):
         torch.set_num_threads(2)
         prepared(measured(0.02, count=count))
         assert (seen, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        hook.remove()
+        torch.set_num_threads(threads)
+
+
+def test_two_at_the_same_time_restore_the_number_of_threads(prepared):
+    threads, together = torch.get_num_threads(), Barrier(2, timeout=60)
+    hook = prepared._solver.network.register_forward_hook(lambda *_: (together.wait(), None)[1])
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda _: prepared(measured(0.02, count=1)), range(2)))
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
     finally:
         hook.remove()
         torch.set_num_threads(threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,14 @@ def operator(smearing) -> Operator:
 @pytest.fixture(scope="module")
 def method(smearing):
     return prepare(smearing, "ift")
+
+
+@pytest.fixture(autouse=True, scope="module", params=[0, 1000], ids=["together", "one by one"])
+def few(request) -> Iterator[None]:
+    """All go both ways."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indirect, "FEW", request.param)
+        yield
 
 
 def fit(operator: Operator, I: torch.Tensor, Idev: torch.Tensor) -> Indirect:
@@ -127,9 +137,9 @@ def test_the_scan_misses_nothing(operator, monkeypatch):
 def test_one_by_one_is_as_together(operator, monkeypatch, noise):
     """Few curves go another way to the same answer; what has no answer has none either way."""
     balls = [smeared(lambda q, R=R: ball(q, R, 0.5)) for R in (0.5, 2.0, 8.0)]
-    ideals = np.array([*balls, smeared(peaks, 0.02), np.ones(Q.size)])
+    ideals = np.array([*balls, smeared(peaks, 0.02), np.ones(Q.size), np.ones(Q.size)])
     curves = ideals * (1 + noise * np.random.default_rng(8).standard_normal(ideals.shape))
-    curves[-1, 3] = np.nan
+    curves[-2], curves[-1, 3] = 0.0, np.nan
     I, Idev = tensors(curves, noise * ideals)
     monkeypatch.setattr(indirect, "FEW", len(curves))
     alone = fit(operator, I, Idev)
@@ -175,6 +185,17 @@ def test_finite_for_noise(operator, seed, decades):
     for part in found:
         assert torch.isfinite(part).all()
     assert (found.deviation > 0).all()
+
+
+def test_nothing_but_zeros_is_next_to_nothing(operator):
+    found = fit(operator, *tensors(np.zeros((2, Q.size)), np.ones((2, Q.size))))
+    assert torch.isfinite(found.ln_I).all()
+    assert (found.ln_I.exp() < 2).all()
+    assert found.chi2.max() < 0.01
+
+
+def test_no_curves_have_no_answers(operator):
+    assert [len(part) for part in fit(operator, *tensors(np.zeros((0, Q.size)), np.ones((0, Q.size))))] == [0] * 4
 
 
 @pytest.mark.parametrize("points", [5, 12])
