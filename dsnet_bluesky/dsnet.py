@@ -19,7 +19,6 @@ Uncertainty
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from .desmearing.map import MAP
 from .features import VERSION, Operator, features_of
 from .network import check_device, has_bfloat16
 from .smearing import Smearing
+from .threads import OneThread
 from .unrolled import Unrolled, UnrolledConfig
 from .versions import Model, load_model
 from .working import Working
@@ -67,6 +67,8 @@ MISSED = 3.0
 
 POOR = 2.0
 """chi2 above which the classical methods are asked."""
+
+one_torch_thread = OneThread(torch.get_num_threads, torch.set_num_threads)
 
 
 class DSNet:
@@ -140,7 +142,7 @@ class DSNet:
             or ``ift``) and the network's chi2 before any step, `attrs` how errors are correlated.
         """
         on_cpu = self.operator.device.type == "cpu"
-        with _one_thread as threads:
+        with one_torch_thread as threads:
             most, beside = (BATCH_NODES, threads) if on_cpu else (DEVICE_BATCH_NODES, 1)
             batch = max(1, min(most // self.operator.smearing.q_calc.size, -(-len(I) // beside)))
             parts = _side_by_side(lambda i: self._pass(I[i : i + batch], Idev[i : i + batch]), range(0, len(I), batch), beside)
@@ -246,34 +248,6 @@ def _side_by_side(answer: Callable[[int], _Found], places: Sequence[int], most: 
         return [answer(place) for place in places]
     with ThreadPoolExecutor(most, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(answer, places))
-
-
-class _OneThread:
-    """While it is entered, by one thread or by several, torch computes with one thread; gives how many it has otherwise.
-
-    Threads that share a small operation wait for each other at each of them, and on a busy machine far longer than
-    they compute. What is set in one thread holds for all that are new, so only the first to enter can tell
-    the number that the last to leave must restore.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._threads = threading.Lock(), 0, 0
-
-    def __enter__(self) -> int:
-        with self._lock:
-            if not self._inside:
-                self._threads = torch.get_num_threads()
-            self._inside += 1
-            torch.set_num_threads(1)
-            return self._threads
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            torch.set_num_threads(self._threads)
-
-
-_one_thread = _OneThread()
 
 
 def _on_q(smearing: Smearing, solution: Solution) -> Floats:

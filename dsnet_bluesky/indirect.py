@@ -17,6 +17,7 @@ from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from .desmearing.ift import BEYOND, sine_series
+from .threads import one_blas_thread
 
 __all__ = ["Indirect", "IndirectLadder"]
 
@@ -91,7 +92,7 @@ class IndirectLadder:
             self.rungs.append(
                 tuple(torch.as_tensor(a / scale, dtype=torch.float64, device=device) for a in (basis, smeared))  # type: ignore[arg-type]
             )
-        self._host = [(basis.cpu(), smeared.cpu()) for basis, smeared in self.rungs]
+        self._host = [(basis.cpu().numpy(), smeared.cpu().numpy()) for basis, smeared in self.rungs]
 
     def __call__(self, I: Tensor, Idev: Tensor) -> Indirect:
         """Fit curves, shape (exposure, n), in double precision, whose scale is about 1."""
@@ -103,7 +104,9 @@ class IndirectLadder:
 
     def _few(self, I: Tensor, Idev: Tensor) -> tuple[Tensor, ...]:
         """Solve curves one by one, on the host."""
-        found = [_One(self._host, *curve).solve() for curve in zip(I.cpu(), Idev.cpu(), strict=True)]
+        curves = zip(I.cpu().numpy(), Idev.cpu().numpy(), strict=True)
+        with one_blas_thread, np.errstate(all="ignore"):  # what has no answer is NaN
+            found = [_One(self._host, *curve).solve() for curve in curves]
         return tuple(torch.stack(column).to(I.device) for column in zip(*found, strict=True))
 
     def _many(self, I: Tensor, Idev: Tensor) -> tuple[Tensor, ...]:
@@ -126,12 +129,9 @@ class IndirectLadder:
 
 
 class _One:
-    """The same as `_Scan`, for one curve: what torch needs to choose among batches takes longer than the arithmetic of one.
+    """The same as `_Scan`, for one curve: what torch needs to choose among batches takes longer than the arithmetic of one."""
 
-    Products are torch's all the same: it can be kept to one thread (`dsnet._one_thread`), numpy cannot.
-    """
-
-    def __init__(self, rungs: list[tuple[Tensor, Tensor]], I: Tensor, Idev: Tensor) -> None:
+    def __init__(self, rungs: list[tuple[NDArray, NDArray]], I: NDArray, Idev: NDArray) -> None:
         self.rungs, self.weight, self.target = rungs, (1 / Idev)[:, None], I / Idev
         self.evidence = np.full((len(rungs), len(RIDGES)), -np.inf)
         self.misfit = np.zeros_like(self.evidence)
@@ -154,7 +154,7 @@ class _One:
         """Try one rung, with ridges uphill from the place `start`, or with all where that costs little."""
         design = self.weight * self.rungs[place][1]
         design[:, -1] = self.target
-        normal = self.normals[place] = (design.mT @ design).numpy()
+        normal = self.normals[place] = design.T @ design
         diagonal, terms = _diagonal(normal), len(normal) - 2
         loose, square = 1e-14 * diagonal[-2], diagonal[-1] or 1.0
         diagonal[-2] += loose
@@ -199,9 +199,8 @@ class _One:
         """Give what `solve` gives."""
         rung, ridge = self.best()
         factor, failed, _ = self._factor(rung, ridge)
-        told = torch.from_numpy(factor)[None], torch.from_numpy(np.array([failed]))
-        solved = _solved(*told, *self.rungs[rung], self.weight.mT, self.target[None])
-        return *(part[0] for part in solved), torch.from_numpy(np.array(rung))
+        one = (factor[None], np.array([failed]), *self.rungs[rung], self.weight.T, self.target[None])
+        return *(part[0] for part in _solved(*map(torch.from_numpy, one))), torch.from_numpy(np.array(rung))
 
 
 def _diagonal(matrix: NDArray) -> NDArray:

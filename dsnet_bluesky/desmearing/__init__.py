@@ -31,6 +31,7 @@ from dsnet_bluesky.data import (
     join_answers,
 )
 from dsnet_bluesky.smearing import Smearing
+from dsnet_bluesky.threads import one_blas_thread
 from dsnet_bluesky.versions import resolve
 
 from .kernels import widths_below
@@ -257,7 +258,8 @@ class Prepared:
         """Desmear curves, see `desmear`."""
         check_curve(curves)
         self._check_grid(curves["q"].values)
-        result = join_answers(self._answers(exposures_of(curves)))
+        with one_blas_thread:
+            result = join_answers(self._answers(exposures_of(curves)))
         return result if "exposure" in curves.dims else result.isel(exposure=0, drop=True)
 
     def _answers(self, batch: xr.Dataset) -> list[xr.Dataset | BadInput]:
