@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import xarray as xr
 from speed import GRIDS, Grid, spheres, usual
+from torch.profiler import ProfilerActivity, profile
 
 from dsnet_bluesky.desmearing import prepare
 from dsnet_bluesky.dsnet import DSNet
@@ -32,6 +33,9 @@ from dsnet_bluesky.training.machine import hardware
 
 SIZES = (1, 32, 512, 8192)
 COMPARED = 256
+DEAREST = 15
+"""Operations that are named."""
+
 LARGE = 130
 """Rows of the largest normal matrices of the indirect transform."""
 OPTIONS: dict[str, dict[str, Any]] = {"dsnet": {}, "dsnet, half": {"half": True}}
@@ -94,7 +98,7 @@ def completed(work: Callable[[], Any], device: str, most: int) -> float:
 
 @torch.inference_mode()
 def stages(grid: Grid, device: str, size: int = 2048) -> list[str]:
-    """Say how long each stage takes for a batch of one instrument, in us a curve, and what the ladder's operations take."""
+    """Say how long each stage takes for a batch of one instrument, in us a curve, and which operations take the time."""
     smearing, curves = grid.build(None), many(grid, size)
     method = DSNet(smearing, device=device)
     operator = method.operator
@@ -117,7 +121,25 @@ def stages(grid: Grid, device: str, size: int = 2048) -> list[str]:
         f"one normal matrix of {LARGE}": lambda: tall.mT @ tall,
     }
 
-    return [f"| {name} | {1e6 * completed(work, device, 9) / size:,.1f} |" for name, work in works.items()]
+    found = [f"| {name} | {1e6 * completed(work, device, 9) / size:,.1f} |" for name, work in works.items()]
+    return [*found, "", *operations(works["whole pass"], device, size)]
+
+
+def operations(work: Callable[[], Any], device: str, size: int) -> list[str]:
+    """Say which of torch's operations take the time of some work, in us a curve, and how often each is called."""
+    on_device = device.startswith("cuda")
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # only the thread that asks is looked at
+    with profile(activities=kinds) as found:
+        completed(work, device, 1)
+    torch.set_num_threads(threads)
+    totals = found.key_averages()
+    spent = {each.key: (each.self_device_time_total if on_device else each.self_cpu_time_total, each.count) for each in totals}
+    dearest = sorted(spent.items(), key=lambda pair: -pair[1][0])[:DEAREST]
+    # A call to warm up and one to time.
+    rows = [f"| {name[:60]} | {time / 2 / size:,.1f} | {count // 2} |" for name, (time, count) in dearest]
+    return ["| operation of the whole pass | us a curve | calls |", "|---|---|---|", *rows]
 
 
 def rows(measure: Callable[[Grid, dict[str, Any]], str]) -> list[str]:
