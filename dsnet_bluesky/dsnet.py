@@ -68,7 +68,7 @@ MISSED = 3.0
 POOR = 2.0
 """chi2 above which the classical methods are asked."""
 
-one_torch_thread = OneThread(torch.get_num_threads, torch.set_num_threads)
+one_torch_thread = OneThread(torch.get_num_threads, torch.set_num_threads, each=True)
 
 
 class DSNet:

@@ -17,7 +17,6 @@ from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from .desmearing.ift import BEYOND, sine_series
-from .threads import one_blas_thread
 
 __all__ = ["Indirect", "IndirectLadder"]
 
@@ -105,7 +104,7 @@ class IndirectLadder:
     def _few(self, I: Tensor, Idev: Tensor) -> tuple[Tensor, ...]:
         """Solve curves one by one, on the host."""
         curves = zip(I.cpu().numpy(), Idev.cpu().numpy(), strict=True)
-        with one_blas_thread, np.errstate(all="ignore"):  # what has no answer is NaN
+        with np.errstate(all="ignore"):  # what has no answer is NaN
             found = [_One(self._host, *curve).solve() for curve in curves]
         return tuple(torch.stack(column).to(I.device) for column in zip(*found, strict=True))
 

@@ -1,7 +1,7 @@
 """One thread for each call: threads that share small operations wait for each other at every one.
 
-On a busy machine they wait a hundred times longer than they compute, and for the matrices of a curve they
-hardly gain anything on an idle one (benchmarks/speed.py).
+On a busy machine they can wait a hundred times longer than they compute, and the matrices of a curve mostly gain nothing on
+an idle one (docs/decisions/0016-one-thread-for-each-call.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ T = TypeVar("T")
 class OneThread(Generic[T]):
     """While it is entered, by one thread or by several, a library computes with one thread; gives how many it has otherwise.
 
-    The number is one for all threads, or for all that are new: only the first to enter can tell what is to be restored.
+    The number is one for all threads, or for all that are new: only the first to enter can tell what is to be restored,
+    and the last to leave restores it.
 
     Parameters
     ----------
@@ -29,10 +30,12 @@ class OneThread(Generic[T]):
         Asks the library for its number of threads.
     put
         Gives the library a number of threads: what `get` gave, or 1.
+    each
+        Whether every thread has a number of its own besides, which it must restore itself; it must not enter again inside.
     """
 
-    def __init__(self, get: Callable[[], T], put: Callable[[T | int], None]) -> None:
-        self._get, self._put = get, put
+    def __init__(self, get: Callable[[], T], put: Callable[[T | int], None], *, each: bool = False) -> None:
+        self._get, self._put, self._each = get, put, each
         self._lock, self._inside = threading.Lock(), 0
 
     def __enter__(self) -> T:
@@ -46,7 +49,8 @@ class OneThread(Generic[T]):
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
-            self._put(self._number)
+            if self._each or not self._inside:
+                self._put(self._number)
 
 
 @cache
@@ -63,7 +67,11 @@ def _get_blas() -> list[int]:
 
 def _put_blas(numbers: list[int] | int) -> None:
     for place, library in enumerate(_blas()):
+        # Of OpenBLAS threadpoolctl heeds one thread only, the first that asks, lest threads fight; here they count themselves.
+        release = getattr(library, "clear_controlling_thread", lambda **_: None)
+        release(force=True)
         library.set_num_threads(numbers if isinstance(numbers, int) else numbers[place])
+        release(force=True)
 
 
 one_blas_thread = OneThread(_get_blas, _put_blas)

@@ -251,32 +251,32 @@ class TestLimits:
             assert float(moved["chi2"][missed].median()) < 0.5 * float(bare["chi2"][missed].median())
 
 
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_threads_share_no_batch_and_keep_their_number(prepared, count):
     """On a busy machine threads that share one wait for each other for seconds."""
-    seen, threads = set(), torch.get_num_threads()
-    hook = prepared._solver.network.register_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
-    try:
-        torch.set_num_threads(2)
+    seen = set()
+    with prepared._solver.network.register_forward_hook(lambda *_: seen.add(torch.get_num_threads())):
         prepared(measured(0.02, count=count))
-        assert (seen, torch.get_num_threads()) == ({1}, 2)
-    finally:
-        hook.remove()
-        torch.set_num_threads(threads)
+    assert (seen, torch.get_num_threads()) == ({1}, 2)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_two_at_the_same_time_restore_the_number_of_threads(prepared):
-    threads, together = torch.get_num_threads(), Barrier(2, timeout=60)
+    together = Barrier(2, timeout=60)
     hook = prepared._solver.network.register_forward_hook(lambda *_: (together.wait(), None)[1])
-    torch.set_num_threads(2)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda _: prepared(measured(0.02, count=1)), range(2)))
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
-    finally:
-        hook.remove()
-        torch.set_num_threads(threads)
+    with hook, ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: prepared(measured(0.02, count=1)), range(2)))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
 
 
 class TestVersions:

@@ -30,21 +30,27 @@ def two() -> Iterator[None]:
 
 
 def test_it_can_be_entered_again():
-    with one_blas_thread, one_blas_thread:
-        assert numbers() == {1}
+    with one_blas_thread:
+        with one_blas_thread:
+            assert numbers() == {1}
+        assert numbers() == {1}, "whoever is still inside keeps it"
     assert numbers() == {2}
 
 
 def test_several_at_the_same_time():
-    together = Barrier(3, timeout=60)
+    together, left = Barrier(3, timeout=60), Barrier(3, timeout=60)
 
-    def work(_: int) -> set[int]:
+    def work(stays: bool) -> set[int]:
         with one_blas_thread:
             together.wait()
-            return numbers()
+            if stays:
+                left.wait()
+                return numbers()
+        left.wait()
+        return {1}
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(work, range(3)))
+        assert list(pool.map(work, [False, True, True])) == [{1}] * 3, "one that leaves takes it from nobody"
     assert numbers() == {2}
 
 
