@@ -229,6 +229,22 @@ def test_a_result_belongs_to_its_writer_as_soon_as_the_server_has_it(client, key
     assert client["desmeared"][key].read().sizes["exposure"] == 1
 
 
+def test_a_result_that_is_completed_while_it_is_looked_at_is_kept(client, key, monkeypatch):
+    """Its writer is read, as it were, a moment before it completes its result and leaves it."""
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(short(1.0))
+
+    def completed_before(*arguments: Any) -> bool:
+        monkeypatch.undo()
+        writer.complete()
+        return is_abandoned(*arguments)
+
+    monkeypatch.setattr(results, "is_abandoned", completed_before)
+    with pytest.raises(AlreadyStored, match="complete"):
+        ResultWriter.create(client, key, METADATA)
+    assert client["desmeared"][key].read().I.values[:, 0].tolist() == [1.0]
+
+
 def foreign(writer: ResultWriter, **owner: Any) -> None:
     """Make a result look as if another process, perhaps of another machine, wrote it."""
     before = writer.node.metadata["writer"]

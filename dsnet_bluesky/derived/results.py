@@ -433,6 +433,9 @@ def _make_way(parent: Any, key: str, removable: Sequence[str]) -> Mapping[str, A
     """Remove a node of a removable status that nobody writes any more, and return its metadata; else raise AlreadyStored."""
     try:
         metadata = parent[key].metadata
+        if metadata["status"] == "running" and is_abandoned(key, metadata):
+            # A writer says how its result ended, and only then leaves it: it may have done both since it was read.
+            metadata = parent[key].metadata
     except KeyError:
         return {}  # removed by somebody else in this moment
     status = metadata["status"]
