@@ -160,8 +160,8 @@ def _node(old: Any, number: int, known: dict[int, int]) -> orm.Node:
     return orm.Node(**_values(old, **changes))
 
 
-def whole(server: Server, folder: Path, runs: int) -> tuple[list[str], Cost]:
-    """Replay an archive, once and again."""
+def whole(server: Server, folder: Path, runs: int, workers: int | None) -> tuple[list[str], Cost]:
+    """Replay an archive, once and again, with so many workers (by default as many as there are cores)."""
     uids = Beamline(server, folder).expose(min(ORIGINALS, 1 + runs // 10))
     database = yaml.safe_load(server.config.read_text())["trees"][0]["args"]["uri"].replace(
         "${DSNET_DATA}", str(server.data_directory)
@@ -178,10 +178,10 @@ def whole(server: Server, folder: Path, runs: int) -> tuple[list[str], Cost]:
         print(f"\r{so_far.stored} of {runs}, {rate:.1f}/s", end="", file=sys.stderr, flush=True)
 
     started, before = time.monotonic(), _cpu(server.pid)
-    first = replay(client, model="dsnet", notify=tell)
+    first = replay(client, model="dsnet", notify=tell, workers=workers)
     cost = Cost((_cpu(server.pid) - before) / runs, sum(first.seconds[part] for part in COMPUTING) / runs)
-    second = replay(client, model="dsnet")
-    checked = replay(client, model="dsnet", verify=True, limit=min(256, runs))
+    second = replay(client, model="dsnet", workers=workers)
+    checked = replay(client, model="dsnet", verify=True, limit=min(256, runs), workers=workers)
     found = client["desmeared"].search(Model("dsnet", "==2.0.0"))
     readable = sum(node.read()["I"].notnull().all().item() for node in found.values()[:50])
     each = {name: f"{1e3 * seconds / runs:.1f}" for name, seconds in first.seconds.items()}
@@ -302,7 +302,7 @@ def main() -> None:
             folder = Path(temporary) / database
             server = Server(folder / "data", timeout=300)
             with on_services(server) if database == "postgresql" else nullcontext(), server:
-                found, cost = whole(server, server.data_directory / "detector", runs)
+                found, cost = whole(server, server.data_directory / "detector", runs, 1 if options.quick else None)
             lines += ["", f"## {runs:,} runs of one exposure, Pilatus 100k, on {database}", "", *found]
         lines += ["", "## Parts by themselves", "", *parts(Path(temporary), 1.0 if options.quick else 20.0), *million(cost)]
     options.output.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,14 @@ def test_what_is_missing_is_made_once(line, uids):
     assert [len(line.results(uid)) for uid in uids] == [2, 2, 2]
 
 
+def test_no_workers_start_where_nothing_is_to_do(line, uids, monkeypatch):
+    """They take seconds to start, and a replay may run every hour."""
+    replay(line.client, config=LAKE, questions=[OfRun(*uids)], workers=0)
+    monkeypatch.setattr("distributed.LocalCluster", None)
+    found = replay(line.client, config=LAKE, questions=[OfRun(*uids)])
+    assert (found.before, found.to_do, found.complete) == (3, 0, True)
+
+
 def test_live_and_replay_are_one(line, uids):
     """Live work finds what was replayed, replay finds what was live, and both compute the same."""
     desmear_runs(line.client, uids[:2], config=LAKE)

@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -188,8 +188,9 @@ def replay(
         for _ in chunks:
             pass
         return summary
-    with _pool(client, config, retry_failed=retry_failed, verify=verify, workers=workers, dask=dask) as pool:
-        _run(pool, chunks, summary, notify or (lambda _: None))
+    with ExitStack() as until_done:
+        pool = _pool(client, config, retry_failed=retry_failed, verify=verify, workers=workers, dask=dask)
+        _run(lambda: until_done.enter_context(pool), chunks, summary, notify or (lambda _: None))
     summary.wall = time.perf_counter() - begin
     return summary
 
@@ -230,17 +231,19 @@ class _Pool(Protocol):
         ...
 
 
-def _run(pool: _Pool, chunks: Iterator[list[str]], summary: Summary, notify: Callable[[Summary], None]) -> None:
+def _run(begin: Callable[[], _Pool], chunks: Iterator[list[str]], summary: Summary, notify: Callable[[Summary], None]) -> None:
     again: deque[list[str]] = deque()
     pending, patience = 0, _Patience()
+    pool: _Pool | None = None
     while True:
         try:
-            while pending < pool.ahead and (chunk := again.popleft() if again else next(chunks, None)):
+            while (pool is None or pending < pool.ahead) and (chunk := again.popleft() if again else next(chunks, None)):
+                pool = pool or begin()  # workers take seconds to start: not where nothing is to do
                 pool.submit(chunk)
                 pending += 1
         except CATALOG_AWAY as error:  # while looking for more
             summary.interrupted = summary.interrupted or f"The catalog does not answer ({error})."
-        if not pending:
+        if pool is None or not pending:
             return
         uids, found = pool.next()
         pending -= 1
