@@ -58,6 +58,7 @@ def test_a_quick_run_asks_every_question(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # several servers and clusters start one after the other: 280 s on a slow, loaded machine
 def test_a_quick_replay_stores_every_run(tmp_path):
     """In a process of its own: it starts further ones."""

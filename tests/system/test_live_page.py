@@ -316,6 +316,7 @@ def test_the_router_hands_out_its_files_and_nothing_else(server: Server):
     assert httpx.get(f"{server.uri}/api/v1/search/desmeared").status_code == 401, "the page opens nothing"
 
 
+@pytest.mark.faults
 def test_the_page_recovers_from_a_server_that_was_killed(page: Page, server: Server, desmeared: xr.Dataset, tmp_path: Path):
     key, result = writer(server, sample="outage")
     result.append(desmeared.isel(exposure=0))
