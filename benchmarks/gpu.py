@@ -17,6 +17,7 @@ import argparse
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +110,53 @@ def stages(grid: Grid, device: str, size: int = 2048) -> list[str]:
     features = features_of(operator, I, Idev)
     assert operator.ladder is not None
     ladder = operator.ladder
-    normal = torch.eye(LARGE, **wide).expand(size, -1, -1).contiguous()
+    normal = (torch.eye(LARGE, **wide) + 1 / LARGE).expand(size, -1, -1).contiguous()
     tall = torch.ones(size, smearing.q.size, LARGE, **wide)
+    whole = partial(method, curves["I"].values, curves["Idev"].values)
     works: dict[str, Callable[[], Any]] = {
         "features in all": lambda: features_of(operator, I, Idev),
         "of that the ladder": lambda: ladder(*scaled),
         "network": lambda: method.network(operator, features),
-        "whole pass": lambda: method(curves["I"].values, curves["Idev"].values),
+        "whole pass": whole,
         f"one Cholesky factor of {LARGE}": lambda: torch.linalg.cholesky_ex(normal),
+        "the same by blocks": lambda: by_blocks(normal),
         f"one inverse of a factor of {LARGE}": lambda: torch.linalg.solve_triangular(normal, normal, upper=False),
         f"one normal matrix of {LARGE}": lambda: tall.mT @ tall,
     }
 
     found = [f"| {name} | {1e6 * completed(work, device, 9) / size:,.1f} |" for name, work in works.items()]
-    return [*found, "", *operations(works["whole pass"], device, size)]
+    return [*found, "", *operations(whole, device, size)]
+
+
+def by_blocks(matrices: torch.Tensor, width: int = 16) -> torch.Tensor:
+    """Give Cholesky factors, shape (batch, n, n), by products and work on small blocks, which a GPU does for all at once.
+
+    What its library does to a batch may be slower: to be compared. Where matrices are nearly singular, some digits are lost.
+    """
+    rest, size = matrices.clone(), matrices.shape[-1]
+    for first in range(0, size, width):
+        last = min(first + width, size)
+        block = rest[:, first:last, first:last]
+        for k in range(last - first):
+            block[:, k:, k] /= block[:, k, k, None].sqrt()
+            column = block[:, k + 1 :, k]
+            block[:, k + 1 :, k + 1 :] -= column[:, :, None] * column[:, None, :]
+        below = rest[:, last:, first:last] @ inverse(block.tril()).mT
+        rest[:, last:, first:last] = below
+        rest[:, last:, last:] -= below @ below.mT
+    return rest.tril()
+
+
+def inverse(lower: torch.Tensor) -> torch.Tensor:
+    """Give the inverse of lower triangular blocks: of 1 + N it is (1 - N)(1 + N^2)(1 + N^4) ...; some power of N vanishes."""
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)[..., None]
+    unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    power = unit - lower / diagonal
+    found, order = unit + power, 2
+    while order < lower.shape[-1]:
+        power = power @ power
+        found, order = found @ (unit + power), 2 * order
+    return found / diagonal.mT
 
 
 def operations(work: Callable[[], Any], device: str, size: int) -> list[str]:

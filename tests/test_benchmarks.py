@@ -155,3 +155,11 @@ def test_stages_of_a_pass_are_timed_on_any_device(tmp_path, monkeypatch):
     times = dict(re.findall(r"^\| ([a-z 0-9A-Z]+) \| ([0-9,.]+) \|$", text, re.MULTILINE))
     assert float(times["whole pass"].replace(",", "")) > float(times["network"].replace(",", "")) > 0
     assert "| aten::" in text
+
+
+def test_factors_by_blocks_are_cholesky_factors(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    by_blocks = importlib.import_module("gpu").by_blocks
+    tall = torch.randn(5, 70, 53, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    normal = tall.mT @ tall
+    assert torch.allclose(by_blocks(normal), torch.linalg.cholesky(normal), rtol=1e-9, atol=1e-10)
