@@ -9,7 +9,7 @@ import pytest
 
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.reduction import Reduction, centred, integrator, invalid_pixels, load_mask, load_poni, psf, sum_frames
-from dsnet_bluesky.reduction.geometry import pixels_hit
+from dsnet_bluesky.reduction.geometry import beam_pixel, pixels_hit
 
 PIXEL = 172e-6
 CENTRE = (300.27, 240.61)
@@ -220,6 +220,31 @@ def test_orientations_of_the_detector(orientation: int):
     assert found[row, column] < 1e-3 * found[row, column + 1]
 
 
+def lopsided(place: tuple[int, int]) -> np.ndarray:
+    """A beam that no turn and no reflection leaves as it is."""
+    y, x = np.indices(SHAPE) - np.array(place)[:, None, None]
+    bar = np.exp(-(((y + x) / 9) ** 2) - ((y - x) / 3) ** 2)
+    return np.round(1e4 * (bar + np.exp(-(((y - 6) / 2) ** 2) - ((x - 12) / 2) ** 2))).astype(np.int32)
+
+
+@pytest.mark.parametrize(("orientation", "rot3"), [(1, 0.0), (2, 0.0), (4, 0.0), (3, np.pi / 2), (2, 0.7)])
+def test_the_beam_lies_on_the_pixels_as_it_was_seen_however_the_detector_is_turned(orientation: int, rot3: float):
+    """The same frames of the same detector, described in other axes: the same operator."""
+    seen = np.ones(SHAPE, bool)
+    seen[310:420, 250:] = False
+    smearings = []
+    for change in ({}, {"rot3": rot3, "detector_config": {"orientation": orientation}}):
+        ai = integrator({**PONI, **change, "poni1": 0.0, "poni2": 0.0})
+        first, second, _ = ai.detector.calc_cartesian_positions(np.array([0.5, 1.5]), np.array([0.5, 1.5]), center=False)
+        row, column = beam_pixel(ai)
+        ai.poni1, ai.poni2 = (CENTRE[0] - row) * float(np.diff(first)[0]), (CENTRE[1] - column) * float(np.diff(second)[0])
+        direct = psf(lopsided((300, 240)), dict(ai.get_config()))
+        reduction = Reduction(centred(dict(ai.get_config()), direct), mask=seen, bins=80)
+        smearings.append(reduction.smearing(direct))
+    np.testing.assert_allclose(smearings[1].q, smearings[0].q, rtol=1e-5)
+    np.testing.assert_allclose(smearings[1].matrix, smearings[0].matrix, atol=2e-3)
+
+
 def test_tilts_that_are_not_given_are_none():
     flat = {name: value for name, value in PONI.items() if not name.startswith("rot")}
     assert psf(beam(), flat).equals(psf(beam(), PONI))
@@ -289,6 +314,27 @@ def test_geometry_and_mask_files(tmp_path: Path):
     for call, name in ((load_poni, "bad.poni"), (load_poni, "none.poni"), (load_mask, "none.edf"), (load_mask, "bad.poni")):
         with pytest.raises(BadInput, match=name):
             call(tmp_path / name)
+
+
+@pytest.mark.parametrize("bins", [50, 300])
+def test_no_pixel_below_q_min_counts(bins: int):
+    """The half-shadow of a beamstop lies there."""
+    reduction = Reduction(PONI, bins=bins, q_min=0.3, q_max=2.0)
+    q = pyFAI.load(PONI).qArray(SHAPE).ravel()
+    assert q[reduction.bins >= 0].min() >= 0.3
+    assert q[reduction.bins >= 0].max() <= 2.0
+    np.testing.assert_allclose(abs(q - reduction.q[reduction.bins])[reduction.bins >= 0].max(), 0.85 / bins, rtol=0.02)
+
+
+@pytest.mark.parametrize("sector", [(170, 190), (-190, -170), (90, 270), (350, 10), (-180, 180), (0, 360), (-20, 20)])
+def test_a_sector_holds_its_pixels_also_across_180_degrees(sector: tuple[float, float]):
+    """pyFAI's own ends there."""
+    first, last = sector
+    azimuth = np.degrees(pyFAI.load(PONI).chiArray(SHAPE))
+    middle, half = (first + last) / 2 + 180 * (last < first), ((last - first) % 360 or 360) / 2
+    inside = np.cos(np.radians(azimuth - middle)) >= np.cos(np.radians(half))
+    used = Reduction(PONI, bins=100, sector=sector).bins.reshape(SHAPE) >= 0
+    assert (used != inside & ~MODULE_GAPS).sum() <= 4  # on the very edge
 
 
 def test_a_sector_sees_a_lying_beam_differently():

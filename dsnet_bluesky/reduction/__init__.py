@@ -24,7 +24,7 @@ from dsnet_bluesky.data import BadInput, curve
 from dsnet_bluesky.smearing import Smearing
 
 from .direct_beam import MINIMUM_BEAM_COUNTS, psf
-from .geometry import centred, check_shape, divisors, integrator, invalid_pixels, load_mask, load_poni, static_mask, sum_frames
+from .geometry import across_beam, centred, check_shape, divisors, integrator, invalid_pixels, load_mask, load_poni, static_mask, sum_frames
 
 __all__ = [
     "MINIMUM_BEAM_COUNTS",
@@ -56,7 +56,7 @@ class Reduction:
     q_min, q_max
         Range in 1/nm; by default all that the unmasked detector sees.
     sector
-        Azimuth (from, to) in degrees; by default the full circle.
+        Azimuth (from, to) in degrees, counterclockwise from the one to the other, also across 180; by default the full circle.
     flat
         Relative sensitivity of the pixels.
     dark
@@ -103,9 +103,8 @@ class Reduction:
             bins,
             unit="q_nm^-1",
             method=METHOD,
-            mask=masked,
+            mask=masked | self._beyond(q_min, q_max, sector),
             radial_range=radial,
-            azimuth_range=sector,
         )
         engine = next(reversed(self._ai.engines.values())).engine
         matrix = scipy.sparse.csr_array((engine.data, engine.indices, engine.indptr), shape=(bins, masked.size))
@@ -175,11 +174,11 @@ class Reduction:
         Smearing
             On `self.q`.
         """
-        z, y, x = self._ai.calc_pos_zyx(corners=False)
+        y, x = across_beam(self._ai)
         beam = Smearing.pixel_coverage(
             self.q,
-            y / z * self._ai.dist,
-            x / z * self._ai.dist,
+            y,
+            x,
             direct_beam["beam"].values,
             direct_beam["y"].values,
             direct_beam["x"].values,
@@ -223,6 +222,18 @@ class Reduction:
         if polarisation is not None:
             factor = factor * np.asarray(self._ai.polarization(shape, polarisation)).ravel()
         return factor if flat is None else factor * _pixels(flat, shape, "flat")
+
+    def _beyond(self, q_min: float | None, q_max: float | None, sector: tuple[float, float] | None) -> NDArray[np.bool_]:
+        """Find the pixels outside the range and the sector: pyFAI's first bin reaches below its range, its azimuths end at 180."""
+        beyond = np.zeros(self.mask.shape, dtype=bool)
+        if q_min is not None or q_max is not None:
+            q = self._q_map()
+            beyond |= (q < (q_min or 0.0)) | (q > (np.inf if q_max is None else q_max))
+        if sector is not None:
+            first, last = sector
+            width = last - first if last > first else (last - first) % 360.0
+            beyond |= (np.degrees(self._ai.chiArray(self.mask.shape)) - first) % 360.0 > width
+        return beyond
 
     def _q_map(self) -> NDArray:
         return np.asarray(self._ai.qArray(self.mask.shape))

@@ -154,6 +154,31 @@ def beam_pixel(ai: Any) -> tuple[float, float]:
     return float(row), float(column)
 
 
+def across_beam(ai: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where the pixels lie across the beam, along the detector's rows and columns as the pixels of a PSF do.
+
+    In the axes of the laboratory a beam that is no disc would lie another way: rot3 and the orientation turn and mirror
+    the detector in them.
+
+    Parameters
+    ----------
+    ai
+        From `integrator`.
+
+    Returns
+    -------
+    tuple of ndarray
+        Offsets from the beam in m, in the plane normal to it at the sample's distance, growing with the number of
+        the row, and of the column; each of the detector's shape.
+    """
+    z, *seen = ai.calc_pos_zyx(corners=False)
+    place = np.stack([axis / z for axis in seen], axis=-1) * ai.dist
+    rows, columns = _plane(ai)[1][1:].T
+    down = rows / np.linalg.norm(rows)
+    across = np.array([-down[1], down[0]])
+    return place @ down, place @ (across * np.sign(across @ columns))
+
+
 def pixels_hit(ai: Any, directions: ArrayLike) -> NDArray[np.float64]:
     """Where rays from the sample meet the plane of a flat detector.
 
@@ -169,15 +194,19 @@ def pixels_hit(ai: Any, directions: ArrayLike) -> NDArray[np.float64]:
     ndarray
         Row and column, shape (..., 2), also beyond the detector's edges; NaN where a ray goes away from the plane.
     """
-    # Three pixels of the plane give the way from (row, column) to the laboratory and back.
-    corner, down, across = np.stack(ai.calc_pos_zyx(d1=np.array([0.0, 1e3, 0.0]), d2=np.array([0.0, 0.0, 1e3])), axis=-1)
-    steps = np.stack([down - corner, across - corner], axis=-1) / 1e3
+    corner, steps = _plane(ai)
     normal = np.cross(*steps.T)
     rays = np.asarray(directions, dtype=float)
     with np.errstate(divide="ignore"):
         reach = (normal @ corner) / (rays @ normal)
     places = np.where(reach > 0, reach, np.nan)[..., None] * rays - corner
     return places @ np.linalg.pinv(steps).T + 0.5
+
+
+def _plane(ai: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Give the first pixel's place and the steps from row to row and from column to column, as (z, y, x): (3,) and (3, 2)."""
+    corner, down, across = np.stack(ai.calc_pos_zyx(d1=np.array([0.0, 1e3, 0.0]), d2=np.array([0.0, 0.0, 1e3])), axis=-1)
+    return corner, np.stack([down - corner, across - corner], axis=-1) / 1e3
 
 
 def check_shape(frames: NDArray, ai: Any) -> None:
