@@ -292,6 +292,18 @@ def test_bad_frames_are_named(reduction: Reduction):
         reduction(ring)
 
 
+@pytest.mark.parametrize(("peak", "halo"), [(2e6, 0.0), (3e6, 3e4), (2e7, 3e4)])
+def test_a_beam_that_saturates_is_refused(peak: float, halo: float):
+    """Its core would be missing in the operator; what is lost counts, not on how many pixels."""
+    square = (RADIUS / PIXEL) ** 2
+    rate = peak * np.exp(-square / 2 / 2.5**2) + halo * np.exp(-square / 2 / 12**2)
+    frame = np.minimum(np.random.default_rng(4).poisson(rate), 2**20 - 1).astype(np.int32)
+    frame[MODULE_GAPS] = -1
+    with pytest.raises(BadInput, match=r"saturates \d+ pixels, which hold at least \d+% of it: attenuate"):
+        psf(frame, PONI)
+    assert psf(np.where(frame < 0, -1.0, rate), PONI)["counts"] == pytest.approx(rate.sum(), rel=0.02)
+
+
 def test_masks_that_leave_nothing_or_do_not_fit():
     with pytest.raises(BadInput, match="leaves no pixel"):
         Reduction(PONI, mask=np.ones(SHAPE, dtype=bool))

@@ -24,7 +24,18 @@ from dsnet_bluesky.data import BadInput, curve
 from dsnet_bluesky.smearing import Smearing
 
 from .direct_beam import MINIMUM_BEAM_COUNTS, psf
-from .geometry import across_beam, centred, check_shape, divisors, integrator, invalid_pixels, load_mask, load_poni, static_mask, sum_frames
+from .geometry import (
+    across_beam,
+    centred,
+    check_shape,
+    divisors,
+    integrator,
+    invalid_pixels,
+    load_mask,
+    load_poni,
+    static_mask,
+    sum_frames,
+)
 
 __all__ = [
     "MINIMUM_BEAM_COUNTS",
@@ -224,7 +235,7 @@ class Reduction:
         return factor if flat is None else factor * _pixels(flat, shape, "flat")
 
     def _beyond(self, q_min: float | None, q_max: float | None, sector: tuple[float, float] | None) -> NDArray[np.bool_]:
-        """Find the pixels outside the range and the sector: pyFAI's first bin reaches below its range, its azimuths end at 180."""
+        """Find the pixels outside the range and the sector: pyFAI's first bin reaches below its range, azimuths end at 180."""
         beyond = np.zeros(self.mask.shape, dtype=bool)
         if q_min is not None or q_max is not None:
             q = self._q_map()

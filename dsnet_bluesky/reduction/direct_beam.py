@@ -12,10 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from dsnet_bluesky.data import BadInput
 
-from .geometry import beam_pixel, check_shape, integrator, invalid_pixels, static_mask
+from .geometry import beam_pixel, check_shape, counts_ceiling, integrator, invalid_pixels, static_mask
 
 MINIMUM_BEAM_COUNTS = 1e4
 """Fewer counts in the direct beam make the operator itself too noisy to use."""
+
+LARGEST_LOSS = 0.05
+"""Share of the direct beam that pixels may miss that do not count."""
 
 
 def psf(
@@ -58,10 +61,10 @@ def psf(
     _check_spot(spot)
     rows, columns = scipy.ndimage.find_objects(spot.astype(int))[0]
     background = _background(total, bad, spot)
-    beam = np.where(spot, _filled(total, bad) - background, 0.0)[rows, columns]
-    lost = float((bad & spot).sum() / spot.sum())
-    if lost > 0.05:
-        raise BadInput(f"{lost:.0%} of the direct beam falls on masked pixels or a gap; move the beam or mend the mask.")
+    beam = np.where(spot, _filled(total, bad) - background, 0.0)
+    saturated = (stack >= counts_ceiling(stack.dtype, ai.detector.name)).any(axis=0)
+    _check_losses(beam, bad & spot, spot, saturated & spot)
+    beam = beam[rows, columns]
     counts = float(beam.sum())
     if counts < minimum_counts:
         raise BadInput(_too_few(counts, minimum_counts))
@@ -102,12 +105,30 @@ def _check_spot(spot: NDArray) -> None:
         )
 
 
+def _check_losses(beam: NDArray, lost: NDArray, spot: NDArray, saturated: NDArray) -> None:
+    """Refuse a beam of which so much was not counted that nobody knows its shape."""
+    # Pixels that saturate are few, but hold more than those around them, by which they are filled.
+    over = float(beam[saturated].sum() / max(beam.sum(), 1.0))
+    if over > LARGEST_LOSS:
+        raise BadInput(
+            f"The direct beam saturates {int(saturated.sum())} pixels, which hold at least {over:.0%} of it: "
+            "attenuate it more, or expose it in several shorter frames."
+        )
+    share = float(lost.sum() / spot.sum())
+    if share > LARGEST_LOSS:
+        raise BadInput(f"{share:.0%} of the direct beam falls on masked pixels or a gap; move the beam or mend the mask.")
+
+
 def _spot(total: NDArray, bad: NDArray) -> NDArray[np.bool_]:
-    """Find the pixels of the beam: what stands connected, five deviations above the background and a thousandth of the peak."""
+    """Find the pixels of the beam: what stands connected, five deviations above the background and a thousandth of the peak.
+
+    Bad pixels that it encloses belong to it: a core that saturates is no hole.
+    """
     smooth, level = _local_mean(total, bad, 5), float(np.median(_local_mean(total, bad, 31)[~bad]))
     noise = np.sqrt(max(level, 0.04) / 25)
     labels: Any = scipy.ndimage.label(smooth - level > max(1e-3 * (smooth.max() - level), 5 * noise))[0]  # pyright: ignore
-    return labels == labels[np.unravel_index(np.argmax(smooth), smooth.shape)]
+    spot = labels == labels[np.unravel_index(np.argmax(smooth), smooth.shape)]
+    return spot | (bad & np.asarray(scipy.ndimage.binary_fill_holes(spot)))
 
 
 def _local_mean(total: NDArray, bad: NDArray, size: int) -> NDArray:
@@ -117,8 +138,13 @@ def _local_mean(total: NDArray, bad: NDArray, size: int) -> NDArray:
 
 
 def _filled(total: NDArray, bad: NDArray) -> NDArray:
-    """Give each bad pixel the mean of its good neighbours: a hole in the beam would be a hole in the operator."""
-    return np.where(bad, _local_mean(total, bad, 3), total)
+    """Give each bad pixel the mean of the nearest good ones: a hole in the beam would be a hole in the operator."""
+    filled, unknown = total, bad
+    for size in (3, 7, 15, 31):
+        near = unknown & (scipy.ndimage.uniform_filter((~bad).astype(float), size) > 0.5 / size**2)
+        filled = np.where(near, _local_mean(total, bad, size), filled)
+        unknown = unknown & ~near
+    return filled
 
 
 def _background(total: NDArray, bad: NDArray, spot: NDArray) -> float:
