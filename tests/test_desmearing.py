@@ -317,6 +317,22 @@ class TestKernels:
         far_below = positive_mean(np.array([-1e3]), np.ones(1))
         np.testing.assert_allclose(far_below, 1e-3, rtol=1e-2)
 
+    @pytest.mark.parametrize("apart", [1e-6, 1e-4, 0.02, 0.2])
+    def test_points_that_nearly_coincide_leave_the_operator_an_average(self, apart):
+        """Two detector settings that overlap, point beside point."""
+        first = np.linspace(0.02, 1.0, 150)
+        step = first[1] - first[0]
+        q = np.sort(np.concatenate([first, first[60] + step * (apart + np.arange(200))]))
+        smearing = Smearing.pinhole(q, 0.02)
+        matrix = smearing.matrix @ straightened(smearing, np.eye(smearing.q_calc.size))
+        assert abs(matrix).sum(axis=1).max() < 1.3
+        fine = np.linspace(0, 3, 6001)
+        truth, ideal = (1 / (1 + (3 * at) ** 2) ** 2 + 1e-3 for at in (q, fine))
+        measured = Smearing.pinhole(q, 0.02, q_calc=fine).apply(ideal)
+        noisy = measured * (1 + 0.02 * np.random.default_rng(1).standard_normal((8, q.size)))
+        answer = desmear(curve(q, noisy, np.broadcast_to(0.02 * measured, noisy.shape)), smearing, "dsnet")
+        assert np.sqrt(np.mean((answer["I"].values / truth - 1) ** 2)) < 0.012
+
     def test_straightened_curves_smear_right(self):
         exact = Smearing.gaussian(Q, SIGMA, q_calc=np.arange(0.0005, 3.6, 0.001))
         coarse = Smearing.gaussian(Q, SIGMA)

@@ -10,6 +10,9 @@ from dsnet_bluesky.smearing import Smearing
 
 __all__ = ["kernel_widths", "positive_mean", "straightened", "thinned", "widths_below"]
 
+UNEVEN = 3.0
+"""Ratio of neighbouring steps up to which a second difference is believed."""
+
 FULL_GRID = 800
 """Up to so many nodes q_calc is used as it is."""
 
@@ -91,7 +94,9 @@ def straightened(smearing: Smearing, curves: NDArray) -> NDArray:
 
     The straight lines lie above a smooth curve by h^2 I''/12 on average (h: local
     step); in the first minimum of the paper's sphere that is 0.9e-3 of 1e-3. Where R
-    is as narrow as a cell it sees the nodes themselves, and they stay as they are.
+    is as narrow as a cell it sees the nodes themselves, and they stay as they are. So does a node whose
+    neighbours are more than `UNEVEN` times as far on one side as on the other, as where points of two detector
+    settings nearly coincide: its second difference is noise.
 
     Parameters
     ----------
@@ -111,6 +116,7 @@ def straightened(smearing: Smearing, curves: NDArray) -> NDArray:
     bend = np.diff(np.diff(curves, axis=0) / step, axis=0) * 2 / (left + right)
     cell = np.interp(smearing.q, q_calc, np.gradient(q_calc))
     wide = np.interp(q_calc[1:-1], smearing.q, np.minimum(1.0, (smearing.widths / cell) ** 2))
+    wide *= (np.maximum(left, right) <= UNEVEN * np.minimum(left, right)).ravel()
     result = curves.copy()
     result[1:-1] -= wide.reshape(left.shape) * bend * (left**2 - left * right + right**2) / 12
     return result
