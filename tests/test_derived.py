@@ -9,14 +9,16 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import xarray as xr
-from tiled.client import record_history
+from tiled.client import record_history, utils
 from tiled.client.array import ArrayClient
 from tiled.client.utils import ClientError
 from tiled.client.xarray import DatasetClient
@@ -245,6 +247,49 @@ def test_a_result_that_is_completed_while_it_is_looked_at_is_kept(client, key, m
     assert client["desmeared"][key].read().I.values[:, 0].tolist() == [1.0]
 
 
+@contextmanager
+def losing_one_answer(client: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The server does what it is asked, and its answer is lost."""
+    ask = getattr(client.context.http_client, method)
+
+    def lose(url: Any, **more: Any) -> Any:
+        answer = ask(url, **more)
+        if "/metadata/" not in str(url):
+            return answer
+        monkeypatch.undo()
+        raise httpx.ReadTimeout("lost", request=answer.request)
+
+    monkeypatch.setattr(utils, "TILED_RETRY_ATTEMPTS", 1)
+    monkeypatch.setattr(client.context.http_client, method, lose)
+    with pytest.raises(httpx.ReadTimeout) as caught:
+        yield
+    kept.append(caught.value)
+
+
+kept: list[BaseException] = []
+"""Errors that somebody still looks at, with all that their tracebacks hold."""
+
+
+def test_a_failure_that_was_announced_without_an_answer_is_announced_once(client, key, monkeypatch):
+    writer = ResultWriter.create(client, key, METADATA)
+    writer.append(short(1.0))
+    writer.append_failure("file 1 vanished")
+    with losing_one_answer(client, "patch", monkeypatch):
+        writer.append_failure("file 2 vanished")
+    writer.append_failure("file 2 vanished")
+    writer.append(short(2.0))
+    writer.complete()
+    failures = client["desmeared"][key].metadata["failures"]
+    assert [(failure["exposure"], failure["reason"][:6]) for failure in failures] == [(1, "file 1"), (2, "file 2")]
+
+
+def test_a_result_that_was_made_without_an_answer_is_begun_again_at_once(client, key, monkeypatch):
+    with losing_one_answer(client, "post", monkeypatch):
+        ResultWriter.create(client, key, METADATA)
+    assert client["desmeared"][key].metadata["status"] == "running"
+    ResultWriter.create(client, key, METADATA).fail("no direct beam")
+
+
 def foreign(writer: ResultWriter, **owner: Any) -> None:
     """Make a result look as if another process, perhaps of another machine, wrote it."""
     before = writer.node.metadata["writer"]
@@ -267,6 +312,12 @@ def test_what_a_process_that_is_gone_left_behind_is_begun_again(client, key):
     second.complete()
     assert client["desmeared"][key].read().I.values[:, 0].tolist() == [5.0]
     assert client["desmeared"][key].metadata["attempts"] == 2
+
+
+def test_what_was_left_before_the_machine_was_started_is_begun_again(client, key):
+    """Another process may have the number of its writer now."""
+    foreign(ResultWriter.create(client, key, METADATA), pid=os.getppid(), boot="before")
+    ResultWriter.create(client, key, METADATA)
 
 
 def test_what_a_living_process_writes_is_left_alone(client, key, monkeypatch):

@@ -303,6 +303,20 @@ def test_close_names_what_it_could_not_finish(line, outage, caplog):
     assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 1
 
 
+def test_a_run_that_goes_on_is_given_back_when_the_callback_is_closed(line):
+    """The session lives on; another process must not wait for its end."""
+    beam = line.beam()
+    line.docs.clear()
+    sample = line.sample(exposures=3, direct_beam_uid=beam)
+    callback = DesmearCallback(line.client, config=CONFIG)
+    for name, doc in line.docs[:-1]:  # its stop is still to come
+        callback(name, doc)
+    assert callback.wait(WAIT)
+    assert not callback.close(3.0)
+    assert line.result(sample).metadata["writer"]["claim"] is None
+    assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 3
+
+
 def test_script_that_ends_finishes_its_work():
     script = """
 import time

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster, Worker
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from dsnet_bluesky.callbacks.desmear import desmear_runs
 from dsnet_bluesky.cli import app
 from dsnet_bluesky.data import BadInput
+from dsnet_bluesky.derived import ResultWriter
 from dsnet_bluesky.pipeline import Config
 from dsnet_bluesky.questions import Between, OfRun, Quality, Sample
 from dsnet_bluesky.replay import replay
@@ -53,6 +55,19 @@ def test_no_workers_start_where_nothing_is_to_do(line, uids, monkeypatch):
     monkeypatch.setattr("distributed.LocalCluster", None)
     found = replay(line.client, config=LAKE, questions=[OfRun(*uids)])
     assert (found.before, found.to_do, found.complete) == (3, 0, True)
+
+
+def test_a_request_that_fails_once_leaves_no_result_unfinished(line, uids, monkeypatch):
+    """The batch is tried again, and must not take its own first attempt for somebody else's work."""
+
+    def once(*_: Any) -> None:
+        monkeypatch.undo()
+        raise httpx.ReadTimeout("planted: the server is slow for a moment")
+
+    monkeypatch.setattr(ResultWriter, "append", once)
+    found = replay(line.client, config=LAKE, questions=[OfRun(*uids)], workers=0)
+    assert (found.stored, found.there, found.complete) == (3, 0, True)
+    assert [line.result(uid).metadata["status"] for uid in uids] == ["complete"] * 3
 
 
 def test_live_and_replay_are_one(line, uids):

@@ -157,8 +157,9 @@ class DesmearCallback:
             ", ".join(unfinished) or "none",
         )
         if self._worker.stopped:
+            told = True
             for run_uid in unfinished:
-                self._drop(run_uid)
+                told = self._drop(run_uid, tell=told)  # a catalog that is away is asked once
         return False
 
     def _at_exit(self) -> None:
@@ -273,10 +274,19 @@ class DesmearCallback:
         self.statistics.abandoned.append(run_uid)
         self._drop(run_uid)
 
-    def _drop(self, run_uid: str) -> None:
-        """Forget a run and leave its result to whoever begins it again."""
+    def _drop(self, run_uid: str, *, tell: bool = True) -> bool:
+        """Forget a run and leave its result to whoever begins it again; whether the catalog, by which others know, was told."""
         self._put_off.pop(run_uid, None)
+        if tell:
+            try:
+                self._runs.release(run_uid)
+            except derived.LostClaim as error:
+                logger.debug("%s", error)
+            except CATALOG_AWAY as error:
+                logger.debug("Run %s cannot be given back (%s).", run_uid, error)
+                return False
         self._runs.drop(run_uid)
+        return tell
 
     def _register(self, run_uid: str) -> bool:
         run = self._raw[run_uid]

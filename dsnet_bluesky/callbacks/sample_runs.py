@@ -223,13 +223,21 @@ class SampleRuns:
         self.statistics.failed += 1
 
     def drop(self, run_uid: str) -> None:
-        """Forget a run and leave its result to whoever begins it again."""
+        """Forget a run and leave its result to whoever begins it again: this process, or others when this one has ended."""
         run = self._runs.pop(run_uid, None)
         if run is not None and run.writer is not None:
             run.writer.abandon()
 
     def release(self, run_uid: str) -> None:
-        """Give a run up, so that another process may do it at once."""
+        """Give a run up, so that another process may do it at once.
+
+        Raises
+        ------
+        LostClaim
+            If another one has it already.
+        CATALOG_AWAY
+            If the catalog cannot be told; then the run is dropped.
+        """
         run = self._runs.pop(run_uid, None)
         if run is not None and run.writer is not None and not run.closed:
             run.writer.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,24 +155,28 @@ class ResultWriter:
         # Before the node is there: another thread may look at it before this one hears that it was made.
         claim = _Claim()
         full = begun(metadata, claim.id)
-        for last in (False, True):
-            try:
-                node = parent.new(
-                    StructureFamily.container, [_source()], key=key, metadata=full, specs=specs_of(kind), access_tags=tags
-                )
-            except ClientError as error:
-                if error.response.status_code == UNSUPPORTED:
-                    raise BadInput(
-                        f"The server cannot show results: add adapters_by_mimetype of /{kind.mount}, as in "
-                        "tiled_config/embedded.yml, to its configuration."
-                    ) from error
-                if error.response.status_code != CONFLICT:
-                    raise
-                before = _make_way(parent, key, () if last else ("failed", "running") if replace_failed else ("running",))
-                full["attempts"] = before.get("attempts", 0) + 1
-            else:
-                return cls(node, tags, claim)
-        raise AssertionError("unreachable: the second conflict raises AlreadyStored")
+        try:
+            for last in (False, True):
+                try:
+                    node = parent.new(
+                        StructureFamily.container, [_source()], key=key, metadata=full, specs=specs_of(kind), access_tags=tags
+                    )
+                except ClientError as error:
+                    if error.response.status_code == UNSUPPORTED:
+                        raise BadInput(
+                            f"The server cannot show results: add adapters_by_mimetype of /{kind.mount}, as in "
+                            "tiled_config/embedded.yml, to its configuration."
+                        ) from error
+                    if error.response.status_code != CONFLICT:
+                        raise
+                    before = _make_way(parent, key, () if last else ("failed", "running") if replace_failed else ("running",))
+                    full["attempts"] = before.get("attempts", 0) + 1
+                else:
+                    return cls(node, tags, claim)
+            raise AssertionError("unreachable: the second conflict raises AlreadyStored")
+        except BaseException:
+            claim.close()  # the server may have made the node all the same: the next attempt shall find it abandoned
+            raise
 
     def append(self, dataset: xr.Dataset) -> None:
         """Append exposures; if it raises, the same exposures may be appended again.
@@ -253,12 +259,16 @@ class ResultWriter:
             self._update()
 
     def release(self) -> None:
-        """Give the result up unfinished, so that others may begin it again at once."""
-        self._update(writer={**self.node.metadata["writer"], "claim": None})
-        self.abandon()
+        """Give the result up unfinished, so that others may begin it again at once, also where this process lives on."""
+        try:
+            self._update(writer={**self.node.metadata["writer"], "claim": None})
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
-        """Leave the result as it is, to whoever begins it again."""
+        """Leave the result as it is, to whoever begins it again; other processes can do so when this one has ended."""
+        if self._claim is not None:
+            self._claim.close()
         self._claim = None
 
     def _close(self, status: str, reason: str | None, **more: Any) -> None:
@@ -305,8 +315,12 @@ class ResultWriter:
 
     def _update(self, **changes: Any) -> None:
         self._check_claim()
+        # Whole values, so that it may be repeated where an answer was lost: Tiled's update_metadata sends what differs
+        # from what this client last heard, which adds to lists once more.
+        said = {**changes, "updated": time.time(), "attrs": self._attrs}
+        patch = [{"op": "add", "path": f"/{name}", "value": value} for name, value in said.items()]
         with self._losing():
-            self.node.update_metadata({**changes, "updated": time.time(), "attrs": self._attrs}, drop_revision=True)
+            self.node.patch_metadata(patch, drop_revision=True)
         self._touched = time.monotonic()
 
     def _check_claim(self) -> None:
@@ -342,7 +356,7 @@ def begun(metadata: Mapping[str, Any], claim: str | None) -> dict[str, Any]:
         "exposures": 0,
         ROWS: None,
         "failures": [],
-        "writer": {"host": socket.gethostname(), "pid": os.getpid(), "claim": claim},
+        "writer": {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "claim": claim},
         "updated": time.time(),
         "attrs": {"status": "running", "raw_uid": metadata["raw_uid"], "method": metadata["method"]},
     }
@@ -376,11 +390,15 @@ class Lent:
 
 
 class _Claim:
-    """What a writer holds as long as it writes its result; open while somebody holds it."""
+    """What a writer holds as long as it writes its result; open until it is closed, or forgotten."""
 
     def __init__(self) -> None:
         self.id = uuid.uuid4().hex
         _open_claims[self.id] = self
+
+    def close(self) -> None:
+        """Give it up at once: what holds it besides, such as the traceback of an error, may live on for long."""
+        _open_claims.pop(self.id, None)
 
 
 _open_claims: weakref.WeakValueDictionary[str, _Claim] = weakref.WeakValueDictionary()
@@ -453,19 +471,30 @@ _seen: dict[str, tuple[tuple[Any, ...], float]] = {}
 def is_abandoned(key: str, metadata: Mapping[str, Any]) -> bool:
     """Whether nobody writes a running result any more.
 
-    Nobody does if its writer gave it up, or was a process of this machine that is gone. One of another
-    machine is known by its silence: `LEASE` seconds without a touch, as seen by this process,
+    Nobody does if its writer gave it up, or was a process of this machine that is gone, or of before the machine was
+    started. One of another machine is known by its silence: `LEASE` seconds without a touch, as seen by this process,
     which must look more than once.
     """
     writer = metadata["writer"]
     if writer.get("claim") is None:
         return True
     if writer["host"] == socket.gethostname():
+        if writer.get("boot", _boot()) != _boot():
+            return True  # whatever process has that number now
         return writer["claim"] not in _open_claims if writer["pid"] == os.getpid() else not _is_alive(writer["pid"])
     touch, now = (writer["claim"], metadata["updated"]), time.monotonic()
     if _seen.get(key, (None, 0.0))[0] != touch:
         _seen[key] = (touch, now)
     return now - _seen[key][1] > LEASE
+
+
+@functools.cache
+def _boot() -> str:
+    """What Linux calls the time since the machine was started; empty elsewhere."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _is_alive(pid: int) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,14 @@ def _store(client: Any, group: Sequence[Finished]) -> list[str]:
         except AlreadyStored:
             there.append(first.key)
             continue
-        writer.append(first.dataset)
-        lent = writer.lend(concat_exposures([result.dataset for result in waiting])) if waiting else None
-        writer.complete()
+        try:
+            writer.append(first.dataset)
+            lent = writer.lend(concat_exposures([result.dataset for result in waiting])) if waiting else None
+            writer.complete()
+        except Exception:
+            with suppress(Exception):  # what went wrong may go wrong again; then it is found when this process has ended
+                writer.release()
+            raise
         if lent is not None:
             there += _store_others(mount(client, kind_of(first.metadata["method"]).mount), waiting, lent)
         break
