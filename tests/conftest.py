@@ -158,12 +158,12 @@ class Line:
             engine.subscribe(writer)
         engine.subscribe(lambda name, doc: self.docs.append((name, doc)))
 
-    def beam(self, seconds=60.0):
+    def beam(self, seconds=60.0, **options):
         def plan():
             line = self.beamline
             yield from bps.mv(line.beamstop.radius, 0.0, line.attenuator.factor, 5000.0, line.changer.sample, "")
             yield from bps.configure(self.instrument, mask=None)
-            yield from direct_beam(line.detector, instrument=self.instrument, exposure_time=seconds)
+            yield from direct_beam(line.detector, instrument=self.instrument, exposure_time=seconds, **options)
 
         return self.engine(plan())[0]
 

@@ -11,6 +11,7 @@ import h5py
 import httpx
 import numpy as np
 import pytest
+import xarray as xr
 from bluesky import plan_stubs as bps
 from bluesky.utils import FailedStatus
 from bluesky_tiled_plugins import TiledWriter
@@ -301,6 +302,41 @@ def test_close_names_what_it_could_not_finish(line, outage, caplog):
     assert f"these runs unfinished: {sample}" in caplog.text
     outage.clear()
     assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 1
+
+
+def from_the_catalog(line, sample: str) -> xr.Dataset:
+    """What a run gives when all of it is there, in place of what it gave live."""
+    line.client["desmeared"].delete_contents(line.result(sample).item["id"], recursive=True, external_only=False)
+    assert desmear_runs(line.client, [sample], config=CONFIG).runs == 1
+    return line.result(sample).read()
+
+
+@pytest.mark.parametrize("lost", [0, 2, 4])
+def test_a_document_that_is_lost_costs_no_exposure(line, lost):
+    """Each row is of its own frame: the first, one between others, or the last came over a network that lost its document."""
+    beam = line.beam()
+    line.docs.clear()
+    sample = line.sample(exposures=5, direct_beam_uid=beam)
+    callback = DesmearCallback(line.client, config=CONFIG, retry_interval=0.1)
+    for name, doc in line.docs:
+        if name != "stream_datum" or doc["indices"]["start"] != lost:
+            callback(name, doc)
+    assert callback.close(WAIT)
+    assert callback.statistics.deferred == 1
+    xr.testing.assert_identical(line.result(sample).read()["I_smeared"], from_the_catalog(line, sample)["I_smeared"])
+
+
+def test_a_direct_beam_of_which_a_document_was_lost_is_read_from_the_catalog(line):
+    beam = line.beam(exposures=4)
+    sample = line.sample(direct_beam_uid=beam)
+    callback = DesmearCallback(line.client, config=CONFIG, retry_interval=0.1)
+    datums = 0
+    for name, doc in line.docs:
+        datums += name == "stream_datum"
+        if name != "stream_datum" or datums != 3:
+            callback(name, doc)
+    assert callback.close(WAIT)
+    xr.testing.assert_identical(line.result(sample).read()["I"], from_the_catalog(line, sample)["I"])
 
 
 def test_a_run_that_goes_on_is_given_back_when_the_callback_is_closed(line):

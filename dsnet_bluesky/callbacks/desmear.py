@@ -192,6 +192,7 @@ class DesmearCallback:
         if name == "stop" or self._worker.pending <= 1:
             self._do_batch()
         if name == "stop":
+            self._runs.beams.end(doc)
             if self._runs.missing(doc):
                 self._put_off.setdefault(doc["run_start"], "Documents were missing.")
             self._stop(doc["run_start"])

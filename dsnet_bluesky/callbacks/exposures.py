@@ -8,8 +8,9 @@ resources) or of yesterday's (resources and datums).
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from bluesky_tiled_plugins.writing.consolidators import MultipartRelatedConsolidator, consolidator_factory
@@ -29,7 +30,7 @@ class ExposureRouter:
     Runs may interleave. Old resources and datums are translated as TiledWriter
     translates them, so that what is desmeared live and what is stored agree; this
     happens event by event, except for a datum that comes after its event, whose
-    exposure appears when the run stops.
+    exposure appears when the run stops. Where documents were lost, the numbers of exposures have a gap.
 
     Parameters
     ----------
@@ -79,12 +80,18 @@ class _Unfilled(DocumentRouter):
 
 
 def exposures_of_documents(documents: Iterator[tuple[str, dict[str, Any]]]) -> list[Exposure]:
-    """Return the exposures of a finished run, for example of ``run.documents()``."""
+    """Return the exposures of a finished run, for example of ``run.documents()``; of which none is lost: they are numbered on."""
     found: list[Exposure] = []
     router = ExposureRouter(found.append)
     for name, doc in documents:
         router(name, doc)
-    return found
+    count: Counter[tuple[str, str]] = Counter()
+    numbered = []
+    for exposure in found:
+        detector = exposure.stream, exposure.data_key
+        numbered.append(replace(exposure, index=count[detector]))
+        count[detector] += 1
+    return numbered
 
 
 class _NormalisedRun:
@@ -125,7 +132,8 @@ class _Run(DocumentRouter):
         self._start: Mapping[str, Any] = {}
         self._descriptors: dict[str, dict[str, Any]] = {}
         self._files: dict[str, _File] = {}
-        self._count: dict[tuple[str, str], int] = {}
+        self._count: Counter[tuple[str, str]] = Counter()
+        self._next: dict[tuple[str, str], tuple[int, int]] = {}
 
     def start(self, doc: Any) -> None:
         self._start = doc
@@ -144,12 +152,14 @@ class _Run(DocumentRouter):
         if file.first < 0:
             # A later file of a run goes on counting where the one before it ended; its own frames start at 0. A sequence
             # of files is numbered as its indices are, which need not begin at 0.
-            begins = file.document["parameters"].get("template") and not self._count.get((descriptor["name"], data_key))
+            begins = file.document["parameters"].get("template") and not self._count[descriptor["name"], data_key]
             file.first = 0 if begins else doc["indices"]["start"]
+        detector = descriptor["name"], data_key
+        self._count[detector] += self._lost(detector, doc)
         instrument, unknown = _instrument(descriptor)
         for index in range(doc["indices"]["start"], doc["indices"]["stop"]):
-            number = self._count.get((descriptor["name"], data_key), 0)
-            self._count[descriptor["name"], data_key] = number + 1
+            number = self._count[detector]
+            self._count[detector] += 1
             frames, unreadable = _frames(file.document, descriptor, index - file.first)
             self.found.append(
                 Exposure(
@@ -164,6 +174,18 @@ class _Run(DocumentRouter):
                     problem=unknown or unreadable,
                 )
             )
+
+    def _lost(self, detector: tuple[str, str], doc: Mapping[str, Any]) -> int:
+        """How many exposures are missing before a datum: a network loses documents.
+
+        Frames are counted from file to file, events from 1. Counts that begin anew, as after a pause, are no loss.
+        """
+        frames, events = doc["indices"], doc.get("seq_nums")
+        frame, event = self._next.get(detector, (frames["start"], 1))
+        if events is None:  # other people's documents
+            events = {"start": event, "stop": event + frames["stop"] - frames["start"]}
+        self._next[detector] = frames["stop"], events["stop"]
+        return max(0, frames["start"] - frame, events["start"] - event)
 
 
 def _instrument(descriptor: Mapping[str, Any]) -> tuple[Instrument | None, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,6 +138,12 @@ class DirectBeams:
         beam = self._seen.setdefault(exposure.run_uid, DirectBeam(exposure.run_uid, exposure.time))
         if exposure.index >= len(beam.exposures):
             beam.exposures.append(exposure)
+
+    def end(self, stop: Mapping[str, Any]) -> None:
+        """Forget the direct beam of a run that had more exposures than came: the catalog has them."""
+        beam = self._seen.get(stop["run_start"])
+        if beam and len(beam.exposures) < (stop.get("num_events") or {}).get(beam.exposures[0].stream, 0):
+            del self._seen[stop["run_start"]]
 
     def find(self, sample: Exposure) -> Pairing | None:
         """Find the direct beam of a sample exposure: the one its run names, else the nearest earlier one that fits.

@@ -173,12 +173,12 @@ class SampleRuns:
         deferred: str | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Take consecutive exposures of one run, and do with them what the run is for.
+        """Take exposures of one run in their order, and do with them what the run is for.
 
         Parameters
         ----------
         exposures
-            Those that were stored already are left out.
+            Those that were stored already are left out; where one is missing, those after it.
         patient
             Raise where a file is not there yet; else that is the exposure's failure.
         deferred
@@ -189,7 +189,7 @@ class SampleRuns:
         Raises
         ------
         NotYet
-            If a file is not there yet; the exposures before it are stored.
+            If a file is not there yet, or an exposure is missing; the exposures before it are stored.
         CATALOG_AWAY
             If the catalog does not answer.
         """
@@ -268,13 +268,14 @@ class SampleRuns:
             first = wanted[0]
             run = self._runs.setdefault(first.run_uid, _Run(first.start, (first.stream, first.data_key)))
             mine = [e for e in wanted if (e.stream, e.data_key) == run.detector and e.index >= run.done]
-            if mine and not run.closed:
-                self._desmear(run, mine, patient=patient, deferred=deferred)
+            whole = [e for number, e in enumerate(mine, start=run.done) if e.index == number]
+            if whole and not run.closed:
+                self._desmear(run, whole, patient=patient, deferred=deferred)
+            if len(whole) < len(mine) and not run.closed:
+                raise NotYet(f"Exposure {run.done} of run {first.run_uid} is missing.")
 
     def _desmear(self, run: _Run, exposures: Sequence[Exposure], *, patient: bool, deferred: str | None) -> None:
         """Desmear exposures and store them, or store why not."""
-        if exposures[0].index != run.done:
-            raise NotYet(f"Exposure {run.done} of run {exposures[0].run_uid} is missing.")
         try:
             if run.writer is None:
                 with self.statistics.timed("preparing"):
