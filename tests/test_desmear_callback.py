@@ -19,7 +19,7 @@ from event_model import compose_run
 from ophyd_async.core import TriggerInfo
 
 from dsnet_bluesky.callbacks import desmear as desmear_module
-from dsnet_bluesky.callbacks import pairing
+from dsnet_bluesky.callbacks import pairing, sample_runs
 from dsnet_bluesky.callbacks.desmear import DesmearCallback, desmear_runs
 from dsnet_bluesky.derived import ResultWriter
 from dsnet_bluesky.documents import result_key
@@ -302,6 +302,23 @@ def test_close_names_what_it_could_not_finish(line, outage, caplog):
     assert f"these runs unfinished: {sample}" in caplog.text
     outage.clear()
     assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 1
+
+
+def test_a_slow_method_does_so_few_exposures_at_once_that_nobody_takes_it_for_dead(line, monkeypatch):
+    sizes, answer = [], PreparedCurves.answer
+
+    def slow(self: PreparedCurves, curves: xr.Dataset) -> xr.Dataset:
+        sizes.append(curves.sizes["exposure"])
+        time.sleep(0.2 * sizes[-1])
+        return answer(self, curves)
+
+    line.beam()
+    sample = line.sample(exposures=12)
+    monkeypatch.setattr(PreparedCurves, "answer", slow)
+    monkeypatch.setattr(sample_runs, "CLAIM_INTERVAL", 1.0)
+    assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 12
+    assert max(sizes) <= 5
+    assert sum(sizes) == 12
 
 
 def from_the_catalog(line, sample: str) -> xr.Dataset:

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import numpy as np
 import xarray as xr
 
 from dsnet_bluesky.data import BadInput, concat_exposures
-from dsnet_bluesky.derived import AlreadyStored, LostClaim, ResultWriter
+from dsnet_bluesky.derived import CLAIM_INTERVAL, AlreadyStored, LostClaim, ResultWriter
 from dsnet_bluesky.documents import Exposure, Instrument, change_within, purpose, result_key, result_metadata
 from dsnet_bluesky.frames import NotYet
 from dsnet_bluesky.pipeline import Config, PreparedExposures
@@ -144,6 +145,7 @@ class SampleRuns:
         self._model = config.check()
         self._data_key, self._replace_failed = data_key, replace_failed
         self._runs: dict[str, _Run] = {}
+        self._each: float | None = None
 
     @property
     def open(self) -> list[str]:
@@ -193,9 +195,14 @@ class SampleRuns:
         CATALOG_AWAY
             If the catalog does not answer.
         """
-        for first in range(0, len(exposures), BATCH):
-            if not interrupted():
-                self._add(exposures[first : first + BATCH], patient=patient, deferred=deferred)
+        first = 0
+        while first < len(exposures) and not interrupted():
+            several = exposures[first : first + self._at_once()]
+            begin = time.monotonic()
+            self._add(several, patient=patient, deferred=deferred)
+            self._each = (time.monotonic() - begin) / len(several)
+            first += len(several)
+            self.keep_claims()
 
     def finish(self, run_uid: str) -> None:
         """Complete the result of a run that has stopped."""
@@ -255,6 +262,10 @@ class SampleRuns:
             except CATALOG_AWAY as error:
                 logger.debug("The claims cannot be kept now (%s).", error)
                 return
+
+    def _at_once(self) -> int:
+        """Exposures of a batch: so few that others do not take us for dead meanwhile; one, before we know how long one takes."""
+        return 1 if self._each is None else int(np.clip(CLAIM_INTERVAL / max(self._each, 1e-9), 1, BATCH))
 
     def _add(self, exposures: Sequence[Exposure], *, patient: bool, deferred: str | None) -> None:
         wanted = [exposure for exposure in exposures if self._data_key in (None, exposure.data_key)]

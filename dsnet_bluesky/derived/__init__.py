@@ -10,10 +10,11 @@ A derived node carries the access tags of its raw run.
 from dsnet_bluesky.derived.catalog import access_tags_of, lookup, mount
 from dsnet_bluesky.derived.raw import RawFrames, raw_frames, raw_frames_of
 from dsnet_bluesky.derived.registration import register, register_all, register_curves, register_psf
-from dsnet_bluesky.derived.results import AlreadyStored, LostClaim, NoRawRun, ResultWriter, is_abandoned
+from dsnet_bluesky.derived.results import CLAIM_INTERVAL, AlreadyStored, LostClaim, NoRawRun, ResultWriter, is_abandoned
 from dsnet_bluesky.derived.together import Finished, store_together
 
 __all__ = [
+    "CLAIM_INTERVAL",
     "AlreadyStored",
     "Finished",
     "LostClaim",

@@ -30,6 +30,7 @@ from dsnet_bluesky.nodes import RESULT_MIMETYPE, specs_of
 from dsnet_bluesky.rows import COLUMNS, GRID, ROWS, Column, columns_of, grid_of, pack
 
 __all__ = [
+    "CLAIM_INTERVAL",
     "LEASE",
     "AlreadyStored",
     "Lent",
