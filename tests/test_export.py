@@ -92,6 +92,19 @@ class TestRoundTrip:
         with h5py.File(path) as file:
             assert list(file["sasentry01/smeared/Q"].attrs["resolutions"].astype(str)) == ["dQw", "dQl"]
 
+    @pytest.mark.parametrize("form", ["normal", "trapezium"])
+    def test_a_measured_profile_comes_back_as_the_uniform_slit_nearest_to_it(self, tmp_path, form):
+        l = np.linspace(-1, 1, 201)
+        weight = np.exp(-(l**2) / (2 * 0.1**2)) if form == "normal" else np.clip(1.5 - np.abs(l) / 0.2, 0, 1)
+        smearing = Smearing.slit(Q, 0, profile=(l, weight))
+        path = to_nxcansas(result(), tmp_path / "out.h5", smearing=smearing)
+        again = smearing_for(read_curve(path, entry="sasentry01/smeared"))
+        assert_allclose(again.parameters["length"], np.sqrt(3 * weight @ l**2 / weight.sum()), rtol=1e-3)
+        for truth in (lambda q: q**2, lambda q: np.exp(-(q**2)), lambda q: 1 / (1 + (3 * q) ** 2) ** 2):
+            assert_allclose(again.apply(truth(again.q_calc)), smearing.apply(truth(smearing.q_calc)), rtol=0.02)
+        with h5py.File(path) as file:
+            assert_array_equal(file["sasentry01/smeared/R"][()], smearing.matrix)
+
     def test_our_own_reader(self, tmp_path):
         path = to_nxcansas(result(sample={"name": "latex"}), tmp_path / "out.h5")
         with pytest.raises(BadInput, match="1 = sasentry01/desmeared, 2 = sasentry01/smeared"):

@@ -120,7 +120,7 @@ def _report(measured: xr.Dataset, smearing: Smearing, result: xr.Dataset, writte
 
 
 def _smearing_words(smearing: Smearing) -> str:
-    names = {"length": "half-length", "width": "half-width", "dq_mean": "mean dQ"}
+    names = {"length": "half-length", "width": "half-width", "profile_reach": "reach of the profile", "dq_mean": "mean dQ"}
     given = ", ".join(f"{names.get(k, k)} {v:.4g} 1/nm" for k, v in smearing.parameters.items() if isinstance(v, float))
     return f"{smearing.kind}: {given}; standard deviation {smearing.widths.min():.3g} to {smearing.widths.max():.3g} 1/nm"
 

@@ -112,6 +112,7 @@ def _write_smeared(
     group = _sasdata(entry, "smeared", exposure, I, Idev)
     columns = {name: exposure[name].values for name in ("dQw", "dQl") if name in exposure}
     if smearing is not None and smearing.kind == "slit":
+        # Of a measured profile, `length` is that of the uniform slit which comes nearest: R holds the profile itself.
         columns = {f"dQ{side[0]}": np.full(smearing.q.size, smearing.parameters[side]) for side in ("width", "length")}
     if columns:
         # SasView takes half-widths; the order is that in which sasdata reads them.

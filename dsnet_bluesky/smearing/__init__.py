@@ -45,6 +45,7 @@ from .hats import (
     quadrature,
     sample_bins,
     slit_hats,
+    uniform_length,
 )
 
 __all__ = ["Smearing", "extend"]
@@ -334,7 +335,9 @@ class Smearing:
             HALF the slit width in 1/nm (`dQw` of a file).
         profile
             Measured slit-length profile: l in 1/nm (ascending) and P(l). Both
-            signs of l are folded onto one, since I depends on ``|l|``.
+            signs of l are folded onto one, since I depends on ``|l|``. The parameter
+            `length`, which files hold as dQl, is then the half-length of the uniform slit
+            of the same mean square, ``sqrt(3 <l^2>)``, and `profile_reach` the largest ``|l|``.
         q_calc
             Grid of the unsmeared curve; by default `q` extended by what the slit reaches.
         """
@@ -354,7 +357,9 @@ class Smearing:
         matrix = np.zeros((q.size, nodes.size))
         for column in centres.T:
             matrix += slit_hats(column, edges, density, nodes) / centres.shape[1]
-        return cls(q, nodes, close_rows(matrix), kind="slit", length=reach, width=float(width))
+        measured = {} if profile is None else {"profile_reach": reach}
+        uniform = reach if profile is None else uniform_length(edges, density)
+        return cls(q, nodes, close_rows(matrix), kind="slit", length=uniform, width=float(width), **measured)
 
     @classmethod
     def wavelength(cls, q: ArrayLike, spread: float, *, q_calc: ArrayLike | None = None) -> Smearing:

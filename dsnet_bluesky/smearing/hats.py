@@ -184,6 +184,11 @@ def length_profile(length: float, profile: tuple[ArrayLike, ArrayLike] | None) -
     return edges, density / total
 
 
+def uniform_length(edges: Floats, density: Floats) -> float:
+    """Half-length of the uniform slit whose <l^2> is that of cells of `length_profile`: it smears smooth curves alike."""
+    return float(np.sqrt(density @ np.diff(edges**3)))
+
+
 def slit_hats(q: Floats, edges: Floats, density: Floats, nodes: Floats) -> Floats:
     """Integrate hats along a slit: ``sum_k density_k int_{edges_k}^{edges_k+1} hat(sqrt(q^2 + l^2)) dl``."""
     if edges[-1] == 0:
