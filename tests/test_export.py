@@ -45,7 +45,7 @@ class TestRoundTrip:
             assert_allclose(data.y, dataset[I])
             assert_allclose(data.dy, dataset[Idev])
         assert_allclose(desmeared.dx, dataset["Qdev"] / 10)
-        assert_allclose(smeared.dx, Smearing.gaussian(Q, 0.02).widths / 10)
+        assert_allclose(smeared.dx, 0.02 / 10)
         assert smeared.title == "latex"
         assert smeared.sample.name == "spheres"
 
@@ -104,6 +104,25 @@ class TestRoundTrip:
             assert_allclose(again.apply(truth(again.q_calc)), smearing.apply(truth(smearing.q_calc)), rtol=0.02)
         with h5py.File(path) as file:
             assert_array_equal(file["sasentry01/smeared/R"][()], smearing.matrix)
+
+    @pytest.mark.parametrize("q", [np.linspace(0.02, 3, 250), np.geomspace(0.01, 3, 120)], ids=["linear", "log"])
+    @pytest.mark.parametrize("dq", [lambda q: np.full_like(q, 0.001), lambda q: 0.02 * q, lambda q: 0.05 * q])
+    def test_the_resolution_of_a_file_that_was_desmeared_stays_what_it_was(self, tmp_path, q, dq):
+        measured = curve(q, np.exp(-q), np.full(q.size, 0.1), Qdev=dq(q))
+        path = to_nxcansas(measured, tmp_path / "out.h5", smearing=smearing_for(measured))
+        assert_allclose(read_curve(path)["Qdev"], dq(q), rtol=0.01)
+
+    def test_the_grid_is_not_part_of_a_resolution_that_follows_from_the_operator(self, tmp_path):
+        beam = Smearing.gaussian(Q, 0.04)
+
+        def again(smearing):
+            return read_curve(to_nxcansas(result(), tmp_path / "out.h5", smearing=smearing, overwrite=True), entry=2)
+
+        for smearing in (Smearing.rice(Q, 0.04), beam @ Smearing.identity(beam.q_calc)):
+            assert_allclose(again(smearing)["Qdev"][10:], 0.04, rtol=0.01)
+        assert_allclose(again(Smearing.wavelength(Q, 0.05))["Qdev"][20:], 0.05 * Q[20:], rtol=0.03)
+        # A beam far below a step leaves zeros, which stand for no column.
+        assert "Qdev" not in again(Smearing.rice(Q, 0.001))
 
     def test_our_own_reader(self, tmp_path):
         path = to_nxcansas(result(sample={"name": "latex"}), tmp_path / "out.h5")

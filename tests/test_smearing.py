@@ -370,5 +370,16 @@ def test_operators_go_to_other_processes_unchanged():
     again = pickle.loads(pickle.dumps(smearing))
     assert again.digest == smearing.digest
     assert (again.kind, dict(again.parameters)) == (smearing.kind, dict(smearing.parameters))
+    np.testing.assert_array_equal(again.resolution, 0.03)
     with pytest.raises(ValueError, match="read-only"):
         again.matrix[0, 0] = 1
+
+
+def test_a_resolution_is_that_of_the_instrument_and_not_of_the_grid():
+    dq = 0.02 * Q
+    beam = Smearing.pinhole(Q, dq)
+    np.testing.assert_array_equal(beam.resolution, dq)
+    # A product does not hold what its factors were built from.
+    product = Smearing.gaussian(Q, 0.03) @ Smearing.gaussian(Smearing.gaussian(Q, 0.03).q_calc, 0.04)
+    np.testing.assert_allclose(product.resolution[30:], np.hypot(0.05, (Q[1] - Q[0]) / np.sqrt(6)), rtol=1e-3)
+    assert not Smearing.identity(Q).resolution.any()

@@ -119,7 +119,7 @@ def _write_smeared(
         both = {name: columns.get(name, np.zeros(exposure.sizes["q"])) for name in ("dQw", "dQl")}
         _resolution(group, both, "Square")
     elif smearing is not None:
-        _resolution(group, {"Qdev": smearing.widths}, "Gaussian")
+        _resolution(group, {"Qdev": smearing.resolution}, "Gaussian")
     elif "I_smeared" not in exposure and "Qdev" in exposure:
         _resolution(group, {"Qdev": exposure["Qdev"].values}, "Gaussian")
     if smearing is not None:

@@ -69,6 +69,9 @@ class Smearing:
         R, shape (n, m); rows sum to one.
     kind
         Name of the constructor, kept for provenance.
+    dq
+        One standard deviation of the instrument at each q, shape (n,), in 1/nm, where the
+        operator was built from it; see `resolution`.
     **parameters
         What the constructor was given (numbers and strings), kept for provenance.
 
@@ -78,7 +81,16 @@ class Smearing:
         If a grid is not ascending or the shapes do not agree.
     """
 
-    def __init__(self, q: ArrayLike, q_calc: ArrayLike, matrix: ArrayLike, *, kind: str = "matrix", **parameters: Any) -> None:
+    def __init__(
+        self,
+        q: ArrayLike,
+        q_calc: ArrayLike,
+        matrix: ArrayLike,
+        *,
+        kind: str = "matrix",
+        dq: ArrayLike | None = None,
+        **parameters: Any,
+    ) -> None:
         self.q = grid(q, "q")
         self.q_calc = grid(q_calc, "q_calc")
         self.matrix = frozen(matrix)
@@ -87,14 +99,20 @@ class Smearing:
         if not np.isfinite(self.matrix).all():
             raise BadInput("The smearing matrix holds NaN or infinity; check the beam and the widths it was made from.")
         self.kind = kind
+        self.dq = None if dq is None else frozen(dq)
         self.parameters: Mapping[str, Any] = MappingProxyType(parameters)
         self._tensors: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"arrays": (self.q, self.q_calc, self.matrix), "kind": self.kind, "parameters": dict(self.parameters)}
+        return {
+            "arrays": (self.q, self.q_calc, self.matrix),
+            "kind": self.kind,
+            "dq": self.dq,
+            "parameters": dict(self.parameters),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(*state["arrays"], kind=state["kind"], **state["parameters"])  # type: ignore[misc]
+        self.__init__(*state["arrays"], kind=state["kind"], dq=state["dq"], **state["parameters"])  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"<Smearing {self.kind}: {self.q.size} x {self.q_calc.size}, q {self.q[0]:.4g} to {self.q[-1]:.4g} 1/nm>"
@@ -142,9 +160,28 @@ class Smearing:
 
     @cached_property
     def widths(self) -> Floats:
-        """Standard deviation of q_calc under each row (`Qdev`), shape (n,), in 1/nm."""
-        variance = self.matrix @ self.q_calc**2 - self.mean**2
-        return np.sqrt(np.maximum(variance, 0.0))
+        """Standard deviation of q_calc under each row, shape (n,), in 1/nm: of the kernel and the hat functions together."""
+        return np.sqrt(np.maximum(self._variance, 0.0))
+
+    @cached_property
+    def resolution(self) -> Floats:
+        """Standard deviation of the instrument at each q (`Qdev` of a file), shape (n,), in 1/nm.
+
+        What the operator was built from, where that was a standard deviation; else `widths`
+        without what hat functions add, so that who reads it and builds an operator adds that once.
+        """
+        if self.dq is not None:
+            return self.dq
+        # A point of the kernel at t (1 - t) of a step h is shared by the nodes about it, which adds t (1 - t) h^2 to the
+        # variance: h^2 / 6 on average. Half of each interval's weight is with the node at either end of it.
+        below, above = np.diff(self.q_calc, prepend=self.q_calc[0]), np.diff(self.q_calc, append=self.q_calc[-1])
+        shared = (below**3 + above**3) / (6 * (below + above))
+        # Kernels narrower than a step may have less than the average, down to none where they sit on a node: never below zero.
+        return np.sqrt(np.maximum(self._variance - self.matrix @ shared, 0.0))
+
+    @cached_property
+    def _variance(self) -> Floats:
+        return self.matrix @ self.q_calc**2 - self.mean**2
 
     @cached_property
     def digest(self) -> str:
@@ -245,7 +282,7 @@ class Smearing:
         matrix = normal_hats(q, widths, nodes) + normal_hats(-q, widths, nodes)
         sharp = widths == 0
         matrix[sharp] = hats(q[sharp, None], np.ones((int(sharp.sum()), 1)), nodes)
-        return cls(q, nodes, close_rows(matrix), **attributes)
+        return cls(q, nodes, close_rows(matrix), dq=widths, **attributes)
 
     @classmethod
     def rice(cls, q: ArrayLike, sigma: float, *, q_calc: ArrayLike | None = None) -> Smearing:
