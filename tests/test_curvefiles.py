@@ -82,6 +82,19 @@ class TestText:
         assert_allclose(dataset["q"], factor * q, rtol=1e-7)
         assert dataset.attrs["q_units_from"] == ("assumed" if "no unit" in header else "file")
 
+    @pytest.mark.parametrize(
+        ("heading", "factor"),
+        [("q (1/angstrom)  I (1/cm)  dI", 10), ("# Q[1/A], I(Q), err", 10), ("q(nm-1) Intensity Error\n-----", 1)],
+    )
+    def test_the_heading_of_the_table_decides_before_other_lines(self, text, heading, factor):
+        q, I, dI, _ = columns()
+        other = "1/nm" if factor == 10 else "1/A"
+        dataset = read_curve(text(q, I, dI, header=f"# I was not finite at q = 0.1 {other}\n{heading}\n"))
+        assert_allclose(dataset["q"], factor * q)
+        # A line that names no columns is no heading.
+        with pytest.raises(BadInput, match="names both"):
+            read_curve(text(q, I, dI, header="q in 1/nm\nfirst at q = 0.1 1/A\n"))
+
     def test_the_option_overrides_the_header(self, text):
         q, I, dI, _ = columns()
         dataset = read_curve(text(q, I, dI, header="q (1/A)\n"), units="1/nm")

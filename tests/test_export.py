@@ -13,7 +13,7 @@ from sasdata.dataloader.loader import Loader
 
 from dsnet_bluesky.curvefiles import read_curve, smearing_for
 from dsnet_bluesky.data import RESULT_VARIABLES, BadInput, concat_exposures, curve, failed_exposure
-from dsnet_bluesky.export import check_target, to_nxcansas
+from dsnet_bluesky.export import check_target, of_curves, to_nxcansas, write
 from dsnet_bluesky.smearing import Smearing
 
 Q = np.linspace(0.05, 2, 60)
@@ -134,6 +134,14 @@ class TestRoundTrip:
         assert_array_equal(again["Qdev"], result()["Qdev"])
         assert again["I"].attrs["units"] == "1/cm"
         assert (again.attrs["title"], again.attrs["sample"]) == ("latex", "latex")
+
+    def test_columns_come_back_whatever_their_head_tells(self, tmp_path):
+        why = "I is not finite at 1 points (first at q = 0.1038 1/nm); remove those points."
+        contents = of_curves(result(), process={"note": "sigma 0.04 1/nm", "failed_exposures": f"2 ({why})"})
+        again = read_curve(write([contents], tmp_path / "out.txt", "columns"))
+        assert again.attrs["q_units_from"] == "file"
+        for name in ("q", "I", "Idev", "Qdev"):
+            assert_allclose(again[name], result()[name], rtol=1e-14)
 
     def test_silx_draws_the_desmeared_curve(self, tmp_path):
         path = to_nxcansas(result(), tmp_path / "out.h5")

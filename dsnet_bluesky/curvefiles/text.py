@@ -12,13 +12,16 @@ from dsnet_bluesky.data import BadInput
 from .columns import Columns, Floats, choose, present
 from .units import units_in
 
+HEADING = re.compile(r"\W*[qQ]\b.*\bI(nt\w*)?\b")
+"""A line that names the columns of a table: q first, then I."""
+
 
 def read_text(path: Path, entry: str | int | None) -> Columns:
     """Read the columns Q I [dI [dQ]]."""
     choose([path.stem], entry)
     header, table = find_table(decode(path))
     # Anton Paar's .pdh has no room for a unit: it is 1/nm by definition.
-    q_units = "1/nm" if path.suffix.lower() == ".pdh" else units_in(header)
+    q_units = "1/nm" if path.suffix.lower() == ".pdh" else _units_of_q(header)
     columns = dict(zip(("q", "I", "Idev", "Qdev"), table.T, strict=False))
     per_cm = re.search(r"1/cm|cm\s*\^?\{?[-\u2212]1", header)
     return Columns(
@@ -31,6 +34,12 @@ def read_text(path: Path, entry: str | int | None) -> Columns:
         title=path.stem,
         entry=path.stem,
     )
+
+
+def _units_of_q(header: str) -> str | None:
+    """Find the unit of q above a table: its heading knows, other lines may tell of other things (our own do)."""
+    headings = [line for line in header.splitlines() if HEADING.match(line)]
+    return (units_in(headings[-1]) if headings else None) or units_in(header)
 
 
 def _text_resolution(column: Floats | None) -> dict[str, Floats]:
