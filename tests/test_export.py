@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sasdata.dataloader.loader import Loader
 
 from dsnet_bluesky.curvefiles import read_curve, smearing_for
-from dsnet_bluesky.data import RESULT_VARIABLES, BadInput, concat_exposures, curve, failed_exposure
+from dsnet_bluesky.data import RESULT_VARIABLES, BadInput, concat_exposures, curve, failed_exposure, join_answers
 from dsnet_bluesky.export import check_target, of_curves, to_nxcansas, write
 from dsnet_bluesky.smearing import Smearing
 
@@ -194,6 +194,17 @@ class TestStructure:
             assert text(file["sasentry03/title"]) == "latex, exposure 3"
             assert_array_equal(file["sasentry03/desmeared/I"][()], result(2.0)["I"])
         assert len(Loader().load(str(path))) == 4
+
+    def test_why_an_exposure_failed_is_told(self, tmp_path):
+        rows = [result(s).expand_dims("exposure") for s in (1.0, 2.0)]
+        dataset = join_answers([rows[0], BadInput("I is not finite at q = 0.1 1/nm."), rows[1]])
+        assert of_curves(dataset).failed == {2: "I is not finite at q = 0.1 1/nm."}
+        with h5py.File(to_nxcansas(dataset, tmp_path / "out.h5")) as file:
+            terms = [text(value) for name, value in file["sasentry03/sasprocess01"].items() if name.startswith("term")]
+        assert "failed_exposures = 2 (I is not finite at q = 0.1 1/nm.)" in terms
+        # Words of exposures that are counted otherwise are not believed.
+        assert of_curves(dataset.isel(exposure=[0, 2])).failed == {}
+        assert of_curves(dataset.isel(exposure=[1, 2])).failed == {1: ""}
 
     def test_a_width_that_is_not_known_is_left_out(self, tmp_path):
         dataset = result()

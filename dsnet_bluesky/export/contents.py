@@ -187,7 +187,7 @@ def of_curves(
         sample=one_line(sample_name({"sample": named})),
         run=terms.get("raw_uid", title),
         terms=terms,
-        failed=_failed(curves, {}),
+        failed=_failed(curves, _reasons(curves)),
         smearing=smearing,
     )
 
@@ -275,6 +275,17 @@ def _of_operator(smearing: Smearing | None) -> dict[str, Any]:
         return {}
     parameters = {f"smearing_{name}": value for name, value in smearing.parameters.items()}
     return {"smearing": smearing.kind, **parameters, "smearing_sha256": smearing.digest}
+
+
+def _reasons(curves: xr.Dataset) -> dict[int, str]:
+    """Return why exposures failed, by their numbers from 1, as the Dataset itself says (`data.join_answers`).
+
+    What it says counts only if it is of the exposures whose status says so: of some of the exposures of a
+    Dataset, or some that were joined, xarray keeps the words and not the numbers.
+    """
+    said = failures_of({"failures": json.loads(curves.attrs.get("failures", "[]"))})
+    reasons = {number + 1: reason for number, reason in said.items()}
+    return reasons if "status" in curves and set(reasons) == set(_failed(curves, {})) else {}
 
 
 def _failed(curves: xr.Dataset, reasons: Mapping[int, str]) -> dict[int, str]:
