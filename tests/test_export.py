@@ -1,6 +1,7 @@
 """NXcanSAS files: what sasdata, silx and we ourselves read back."""
 
 import json
+import re
 
 import h5py
 import numpy as np
@@ -142,6 +143,20 @@ class TestRoundTrip:
         assert again.attrs["q_units_from"] == "file"
         for name in ("q", "I", "Idev", "Qdev"):
             assert_allclose(again[name], result()[name], rtol=1e-14)
+
+    @pytest.mark.parametrize("slit", [{"dQl": 0.4}, {"dQl": 0.4, "dQw": 0.03}, {"dQw": 0.03}])
+    def test_columns_keep_the_slit_of_a_curve_that_nobody_desmeared(self, tmp_path, slit):
+        plain = curve(Q, np.exp(-Q), np.full(60, 0.1)).assign({name: ("q", np.full(60, value)) for name, value in slit.items()})
+        again = read_curve(write([of_curves(plain)], tmp_path / "out.txt", "columns"))
+        assert_allclose([again[name][0] for name in slit], list(slit.values()))
+        told = smearing_for(again).parameters
+        assert (told["length"], told["width"]) == pytest.approx((slit.get("dQl", 0), slit.get("dQw", 0)))
+
+    def test_columns_only_tell_of_a_slit_that_changes(self, tmp_path):
+        plain = curve(Q, np.exp(-Q), np.full(60, 0.1)).assign(dQl=("q", np.full(60, 0.4)), dQw=("q", 0.1 * Q))
+        path = write([of_curves(plain)], tmp_path / "out.txt", "columns")
+        assert re.search(r"# dQw .*: 0\.0005\d* to 0\.02\d* 1/angstrom", path.read_text())
+        assert not {"dQl", "dQw"} & set(read_curve(path))
 
     def test_silx_draws_the_desmeared_curve(self, tmp_path):
         path = to_nxcansas(result(), tmp_path / "out.h5")

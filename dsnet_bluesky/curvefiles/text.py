@@ -10,10 +10,13 @@ import numpy as np
 from dsnet_bluesky.data import BadInput
 
 from .columns import Columns, Floats, choose, present
-from .units import units_in
+from .units import per_nm, units_in
 
 HEADING = re.compile(r"\W*[qQ]\b.*\bI(nt\w*)?\b")
 """A line that names the columns of a table: q first, then I."""
+
+SLIT = re.compile(r"^# (dQ[lw]) \(half-\w+ of the slit\): (\d+(?:\.\d*)?(?:e[-+]?\d+)?) (1/angstrom)\s*$", re.MULTILINE)
+"""A line of our own export that tells one half-length of the slit; see `export.columns`."""
 
 
 def read_text(path: Path, entry: str | int | None) -> Columns:
@@ -28,7 +31,7 @@ def read_text(path: Path, entry: str | int | None) -> Columns:
         columns["q"],
         columns["I"],
         present(columns.get("Idev")),
-        _text_resolution(present(columns.get("Qdev"))),
+        _text_resolution(present(columns.get("Qdev"))) | _slit_of(header, columns["q"].size, q_units),
         q_units=q_units,
         I_units="1/cm" if per_cm else "1",
         title=path.stem,
@@ -46,6 +49,13 @@ def _text_resolution(column: Floats | None) -> dict[str, Floats]:
     if column is None:
         return {}
     return {"dQl": -column} if (column[np.isfinite(column)] < 0).all() else {"Qdev": column}
+
+
+def _slit_of(header: str, points: int, q_units: str | None) -> dict[str, Floats]:
+    """Slit columns that lines of words tell, in the unit of q."""
+    scale = per_nm(q_units or "1/angstrom")
+    told = {name: float(value) * per_nm(units) / scale for name, value, units in SLIT.findall(header)}
+    return {name: np.full(points, value) for name, value in told.items() if value}
 
 
 def decode(path: Path) -> str:

@@ -20,6 +20,11 @@ from .contents import Contents, one_line
 
 __all__ = ["lines", "the_exposure"]
 
+SLIT = {"dQl": "half-length of the slit", "dQw": "half-width of the slit"}
+
+SAME = 0.01
+"""Part of itself by which a slit may change along a curve and be called constant, as in `curvefiles.smearing_for`."""
+
 
 def lines(contents: Contents, *, exposure: int | None = None) -> Iterator[bytes]:
     """Give the file: a head, then the table.
@@ -78,4 +83,17 @@ def _head(contents: Contents, number: int, row: xr.Dataset) -> Iterator[str]:
     for step in contents.steps_of(row):
         for name, value in step.terms.items():
             yield f"{step.name}, {one_line(name)}: {one_line(value)}"
+    if "I_smeared" not in row:
+        yield from _slit(row)
     yield f"written by dsnet-bluesky {__version__}; dI and dQ are standard deviations"
+
+
+def _slit(row: xr.Dataset) -> Iterator[str]:
+    """Tell the slit of a curve that nobody desmeared, in lines that `curvefiles` reads where it is constant."""
+    columns = {name: np.abs(row[name].values) / 10 for name in SLIT if name in row}
+    ends = {name: (values.min(), values.max()) for name, values in columns.items() if np.isfinite(values).all()}
+    # One that changes makes ranges of both: the other alone would be read as the whole slit.
+    constant = all(high - low <= SAME * high for low, high in ends.values())
+    for name, (low, high) in ends.items():
+        value = f"{np.median(columns[name]):.17g}" if constant else f"{low:.17g} to {high:.17g}"
+        yield f"{name} ({SLIT[name]}): {value} 1/angstrom"
