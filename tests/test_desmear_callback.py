@@ -21,10 +21,14 @@ from ophyd_async.core import TriggerInfo
 from dsnet_bluesky.callbacks import desmear as desmear_module
 from dsnet_bluesky.callbacks import pairing, sample_runs
 from dsnet_bluesky.callbacks.desmear import DesmearCallback, desmear_runs
+from dsnet_bluesky.callbacks.exposures import exposures_of_documents
+from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.derived import ResultWriter
 from dsnet_bluesky.documents import result_key
 from dsnet_bluesky.pipeline import Config, PreparedCurves
 from dsnet_bluesky.versions import load_model
+from dsnet_bluesky.watch import Backlog
+from tests.conftest import Line
 
 CONFIG = Config(bins=60, per_bin=32)
 WAIT = 60
@@ -127,6 +131,72 @@ def test_fresh_callback_finds_the_direct_beam_in_the_catalog(line):
     callback.close()
     assert [line.result(uid).metadata["status"] for uid in (named, nearest)] == ["complete", "complete"]
     assert line.result(nearest).metadata["direct_beam_uid"] == beam
+
+
+@pytest.fixture
+def delivered(RE, make_client, detector_directory):
+    """A beamline, and a catalog of its own that holds only what is handed to the writer."""
+    client = make_client()
+    return Line(RE, client, detector_directory, lambda *_: None), TiledWriter(client["raw"], batch_size=1)
+
+
+def deliver(line, writer, *, ended=True):
+    """Write what was taken since the last time, but for the last stop document where that is still on its way; give that."""
+    documents, line.docs[:] = list(line.docs), []
+    *most, last = documents
+    for name, doc in documents if ended else most:
+        writer(name, doc)
+    return last
+
+
+def test_direct_beam_that_has_not_ended_is_passed_over(delivered):
+    line, writer = delivered
+    good = line.beam()
+    deliver(line, writer)
+    line.beam()
+    deliver(line, writer, ended=False)
+    sample = line.sample()
+    deliver(line, writer)
+    assert desmear_runs(line.client, [sample], config=CONFIG).errors == 0
+    assert line.result(sample).metadata["status"] == "complete"
+    assert line.result(sample).metadata["direct_beam_uid"] == good
+    beams = pairing.DirectBeams(line.client["raw"], CONFIG, max_age=3600.0)
+    beams.list_once(time.time() - 60, time.time())
+    (exposure,) = exposures_of_documents(line.client["raw"][sample].documents())
+    assert beams.find(exposure).beam.run_uid == good, "also where they are listed once, as a replay does"
+
+
+def test_named_direct_beam_is_waited_for_until_it_has_ended(delivered):
+    line, writer = delivered
+    beam = line.beam()
+    stop = deliver(line, writer, ended=False)
+    sample = line.sample(direct_beam_uid=beam)
+    deliver(line, writer)
+    backlog = Backlog(line.client, CONFIG)
+    assert [task.run_uid for task in backlog.scan()] == [sample]
+    desmear_runs(line.client, [sample], config=CONFIG)
+    (failed,) = line.results(sample)
+    assert failed.metadata["failure"]["kind"] == "direct_beam"
+    assert f"The direct beam {beam} is named for this run, but the catalog does not hold it, or not to its end" in failed.reason
+    assert list(backlog.scan()) == []
+    writer(*stop)
+    assert [(task.run_uid, task.why) for task in backlog.scan()] == [(sample, "waits for a direct beam")]
+    desmear_runs(line.client, [sample], config=CONFIG)
+    assert {node.metadata["status"] for node in line.results(sample)} == {"failed", "complete"}
+
+
+def test_runs_that_have_not_ended_are_refused_and_the_others_done(delivered):
+    line, writer = delivered
+    line.beam()
+    deliver(line, writer)
+    growing = line.sample()
+    deliver(line, writer, ended=False)
+    ended = line.sample()
+    deliver(line, writer)
+    with pytest.raises(BadInput, match=f"not hold these runs to their end: {growing}"):
+        desmear_runs(line.client, [growing, ended], config=CONFIG)
+    assert line.result(ended).metadata["status"] == "complete"
+    assert line.results(growing) == []
 
 
 def test_one_bad_frame_costs_one_row(line, desmear, monkeypatch):

@@ -340,15 +340,29 @@ def desmear_runs(
     -------
     Statistics
         What was done; failures are results that say why.
+
+    Raises
+    ------
+    BadInput
+        If runs have not ended, or were cut off, in the catalog; all others are done.
     """
     callback = DesmearCallback(
         client, config=config, direct_beam=direct_beam, retry_interval=retry_interval, replace_failed=True, overflow="block"
     )
+    growing = []
     try:
         for uid in uids:
-            for name, doc in client["raw"][uid].documents():
+            run = client["raw"][uid]
+            if run.metadata.get("stop") is None:
+                growing.append(uid)
+                continue
+            for name, doc in run.documents():
                 callback(name, doc)
             callback.wait()  # one run at a time: what was put off is tried before the next
     finally:
         callback.close()
+    if growing:
+        raise BadInput(
+            f"The catalog does not hold these runs to their end: {', '.join(growing)}. Desmear them when they have ended."
+        )
     return callback.statistics

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tiled.queries import Key
+from tiled.client.container import Container
+from tiled.queries import Comparison, Key
 
 from dsnet_bluesky import frames
 from dsnet_bluesky.data import BadInput
@@ -210,7 +211,9 @@ class DirectBeams:
     def _named(self, uid: str, sample: Instrument) -> DirectBeam:
         beam = self._seen.get(uid) or self._fetch(uid)
         if beam is None:
-            raise NoDirectBeam(f"The direct beam {uid} is named for this run, but the catalog does not hold it.")
+            raise NoDirectBeam(
+                f"The direct beam {uid} is named for this run, but the catalog does not hold it, or not to its end."
+            )
         if not beam.exposures:
             raise NoDirectBeam(f"The direct beam {uid} is named for this run, but it holds no exposure.")
         reason = mismatch(sample, beam.instrument)
@@ -261,7 +264,8 @@ class DirectBeams:
         return [(run.metadata["start"]["time"], uid) for uid, run in runs.items().head(LOOK_BACK)]
 
     def _beams_of_catalog(self) -> Any:
-        return self._raw.search(Key("purpose") == "direct_beam")
+        # Of one that goes on, or was cut off, nobody knows whether it is whole; it must not hide a good one before it.
+        return Container.search(self._raw.search(Key("purpose") == "direct_beam"), Comparison("gt", "stop.time", 0.0))
 
     def list_once(self, first: float, last: float) -> None:
         """List the catalog's direct beams for samples from one time to another, and not again for each of them.
@@ -281,9 +285,9 @@ class DirectBeams:
         self._listed = _Listed(first, max(last, now), beams)
 
     def _fetch(self, uid: str) -> DirectBeam | None:
-        """Read a direct beam from the catalog."""
+        """Read a direct beam from the catalog; None if it is not there, or has not ended there."""
         run = lookup(self._raw, uid)
-        if run is None:
+        if run is None or run.metadata.get("stop") is None:
             return None
         exposures = exposures_of_documents(run.documents())
         for exposure in exposures:
