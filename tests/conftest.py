@@ -176,6 +176,14 @@ class Line:
         yield from bps.configure(self.instrument, mask=self.folder / "mask.npy")
         yield from expose(line.detector, sample="AgBh", instrument=self.instrument, exposure_time=60.0, **options)
 
+    def deliver(self, writer, *, ended=True):
+        """Write what was taken since the last time, but for the last stop document where that is still on its way; give that."""
+        documents, self.docs[:] = list(self.docs), []
+        *most, last = documents
+        for name, doc in documents if ended else most:
+            writer(name, doc)
+        return last
+
     def file_of(self, uid):
         (uri,) = [doc["uri"] for name, doc in self.docs if name == "stream_resource" and doc["run_start"] == uid]
         return path_of(uri)
@@ -192,6 +200,13 @@ class Line:
 def line(RE: RunEngine, client: Any, detector_directory: Path) -> Line:
     """A small beamline that writes into the catalog served in this process."""
     return Line(RE, client, detector_directory)
+
+
+@pytest.fixture
+def delivered(RE: RunEngine, make_client: Callable[..., Any], detector_directory: Path) -> tuple[Line, TiledWriter]:
+    """A small beamline, and the writer of a catalog of its own, which holds only what is delivered with that."""
+    client = make_client()
+    return Line(RE, client, detector_directory, lambda *_: None), TiledWriter(client["raw"], batch_size=1)
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from dsnet_bluesky.documents import result_key
 from dsnet_bluesky.pipeline import Config, PreparedCurves
 from dsnet_bluesky.versions import load_model
 from dsnet_bluesky.watch import Backlog
-from tests.conftest import Line
 
 CONFIG = Config(bins=60, per_bin=32)
 WAIT = 60
@@ -133,30 +132,14 @@ def test_fresh_callback_finds_the_direct_beam_in_the_catalog(line):
     assert line.result(nearest).metadata["direct_beam_uid"] == beam
 
 
-@pytest.fixture
-def delivered(RE, make_client, detector_directory):
-    """A beamline, and a catalog of its own that holds only what is handed to the writer."""
-    client = make_client()
-    return Line(RE, client, detector_directory, lambda *_: None), TiledWriter(client["raw"], batch_size=1)
-
-
-def deliver(line, writer, *, ended=True):
-    """Write what was taken since the last time, but for the last stop document where that is still on its way; give that."""
-    documents, line.docs[:] = list(line.docs), []
-    *most, last = documents
-    for name, doc in documents if ended else most:
-        writer(name, doc)
-    return last
-
-
 def test_direct_beam_that_has_not_ended_is_passed_over(delivered):
     line, writer = delivered
     good = line.beam()
-    deliver(line, writer)
+    line.deliver(writer)
     line.beam()
-    deliver(line, writer, ended=False)
+    line.deliver(writer, ended=False)
     sample = line.sample()
-    deliver(line, writer)
+    line.deliver(writer)
     assert desmear_runs(line.client, [sample], config=CONFIG).errors == 0
     assert line.result(sample).metadata["status"] == "complete"
     assert line.result(sample).metadata["direct_beam_uid"] == good
@@ -169,9 +152,9 @@ def test_direct_beam_that_has_not_ended_is_passed_over(delivered):
 def test_named_direct_beam_is_waited_for_until_it_has_ended(delivered):
     line, writer = delivered
     beam = line.beam()
-    stop = deliver(line, writer, ended=False)
+    stop = line.deliver(writer, ended=False)
     sample = line.sample(direct_beam_uid=beam)
-    deliver(line, writer)
+    line.deliver(writer)
     backlog = Backlog(line.client, CONFIG)
     assert [task.run_uid for task in backlog.scan()] == [sample]
     desmear_runs(line.client, [sample], config=CONFIG)
@@ -188,11 +171,11 @@ def test_named_direct_beam_is_waited_for_until_it_has_ended(delivered):
 def test_runs_that_have_not_ended_are_refused_and_the_others_done(delivered):
     line, writer = delivered
     line.beam()
-    deliver(line, writer)
+    line.deliver(writer)
     growing = line.sample()
-    deliver(line, writer, ended=False)
+    line.deliver(writer, ended=False)
     ended = line.sample()
-    deliver(line, writer)
+    line.deliver(writer)
     with pytest.raises(BadInput, match=f"not hold these runs to their end: {growing}"):
         desmear_runs(line.client, [growing, ended], config=CONFIG)
     assert line.result(ended).metadata["status"] == "complete"

@@ -140,6 +140,45 @@ def test_sample_without_direct_beam_fails_and_is_done_when_one_arrives(RE, serve
         eventually(lambda: not watcher.in_hand)
 
 
+def test_direct_beam_that_arrives_while_a_request_fails_is_not_overlooked(delivered, monkeypatch):
+    line, writer = delivered
+    beam, documents = line.beam(), list(line.docs)
+    line.docs.clear()
+    sample = line.sample(direct_beam_uid=beam)
+    line.deliver(writer)
+    backlog = Backlog(line.client, CONFIG)
+    list(backlog.scan())
+    desmear_runs(line.client, [sample], config=CONFIG)
+    for name, doc in documents:
+        writer(name, doc)
+    with monkeypatch.context() as planted:
+        planted.setattr(Backlog, "tasks", fails)
+        with pytest.raises(httpx.ReadTimeout):
+            list(backlog.scan())
+    assert [task.why for task in backlog.scan()] == ["waits for a direct beam"]
+    assert list(backlog.scan()) == []
+
+
+def test_clock_that_is_set_while_a_request_fails_is_not_overlooked(make_client, store_raw_run, monkeypatch):
+    client = make_client()
+    store_raw_run(client, "once-too-old", time=time.time() - 3000)
+    store_raw_run(client, "new-enough", time=time.time())
+    monkeypatch.setattr("dsnet_bluesky.watch.backlog.OVERLAP", 0)
+    backlog, now = Backlog(client, CONFIG, max_age=2000), time.time
+    assert "once-too-old" not in [task.run_uid for task in backlog.scan()]
+    monkeypatch.setattr("dsnet_bluesky.watch.backlog.time.time", lambda: now() - 2000)
+    with monkeypatch.context() as planted:
+        planted.setattr(Backlog, "tasks", fails)
+        with pytest.raises(httpx.ReadTimeout):
+            list(backlog.scan())
+    assert "once-too-old" in [task.run_uid for task in backlog.scan()]
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    """What a request does while the server is restarted."""
+    raise httpx.ReadTimeout("planted")
+
+
 def test_two_watchers_share_the_work_and_store_nothing_twice(served, served_line):
     line = served_line
     since = time.time() - 1

@@ -82,10 +82,9 @@ class Backlog:
             Begin with the first run. Do it at the start and now and then: what was deleted shifts what follows.
         """
         beams = len(Container.search(self._raw.search(Key("purpose") == "direct_beam"), Comparison("gt", "stop.time", 0.0)))
-        more_beams, self._beams = beams != self._beams, beams
+        more_beams = beams != self._beams
         offset = time.time() - time.monotonic()
         if whole := whole or abs(offset - self._offset) > CLOCK_JUMP:
-            self._offset = offset
             # Not at every scan: what becomes too old would shift those that follow. Anew each time: clocks jump.
             self._since = max(self._wanted, time.time() - self._max_age)
         samples = self._raw.search(Key("purpose") == "sample").search(Key("time") >= self._since)
@@ -93,7 +92,10 @@ class Backlog:
         while page := samples.keys()[first : first + PAGE]:
             yield from self.tasks(list(page), more_beams)
             first += len(page)
-        self._looked_at = first
+        # Only now: a scan that broke down is done again for the same reasons.
+        self._looked_at, self._beams = first, beams
+        if whole:
+            self._offset = offset
 
     def tasks(self, uids: Sequence[str], more_beams: bool = False, *, failed: bool = False) -> Iterator[Task]:
         """Yield what is to do of these runs.
