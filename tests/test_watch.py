@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from dsnet_bluesky.cli import app
 from dsnet_bluesky.derived import ResultWriter, results
 from dsnet_bluesky.documents import result_metadata
 from dsnet_bluesky.pipeline import Config
+from dsnet_bluesky.server import Server
 from dsnet_bluesky.watch import Backlog, Watcher, follow_documents, read_status, serve_metrics
 from dsnet_bluesky.watch.feeds import load_document
 
@@ -266,6 +268,31 @@ def test_errors_of_the_catalog_do_not_end_the_watcher(served, served_line, monke
         uid = line.sample()
         eventually(complete(line, uid))
         eventually(lambda: watcher.statistics.errors == 2, "a time-out is no error of ours")
+
+
+def test_a_server_that_is_away_costs_no_core_and_gives_hints_when_it_is_back(tmp_path, empty_database, store_raw_run):
+    shutil.copy(empty_database, tmp_path / "catalog.db")
+
+    def listening() -> bool:
+        return any(thread.name == "hints" for thread in threading.enumerate())
+
+    with Server(tmp_path, timeout=200) as server, watching(server, scan_interval=4.0) as watcher:
+        eventually(listening)
+        os.kill(server.pid, signal.SIGKILL)
+        eventually(lambda: watcher.away != "")
+        eventually(lambda: not listening())
+        begin = time.process_time()
+        for _ in range(30):
+            time.sleep(0.1)
+            assert not listening(), "not tried again with every look whether the server is back"
+        assert time.process_time() - begin < 1.0
+        server.stop()
+        server.start()
+        eventually(lambda: watcher.away == "")
+        eventually(listening)
+        time.sleep(1.0)  # until it is connected
+        store_raw_run(server.client(), "hinted", time=time.time())
+        eventually(lambda: watcher.in_hand == 1, within=2.0)
 
 
 def test_faults_of_the_program_are_tried_three_times(served, served_line, monkeypatch):

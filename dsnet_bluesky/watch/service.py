@@ -170,7 +170,8 @@ class Watcher:
         except CATALOG_AWAY as error:
             if not self.away:
                 logger.warning("The catalog cannot be used now (%s); tried again until it can.", error)
-            self.away = str(error)
+            self.away = str(error) or type(error).__name__  # a time-out may have nothing to say
+            self._unsubscribe()  # it would try to connect again without a rest, and burn a core
             self._stopping.wait(AWAY_INTERVAL)
             return
         except Exception:
@@ -181,8 +182,7 @@ class Watcher:
             return
         if self.away:
             logger.warning("The catalog can be used again.")
-            self._unsubscribe()  # a server that was restarted counts its hints from 1 again
-            self.away, self._next_scan = "", 0.0
+            self.away, self._next_scan = "", 0.0  # a scan at once, which subscribes anew: there were no hints meanwhile
 
     # -- what is to do --
 
@@ -197,7 +197,8 @@ class Watcher:
         now = time.monotonic()
         if now < self._next_scan:
             return
-        self._subscribe()
+        if not self.away:
+            self._subscribe()
         whole = now >= self._next_whole_scan
         for task in self._backlog.scan(whole=whole):
             if task.redo:
