@@ -222,6 +222,29 @@ def test_a_watcher_that_stops_gives_its_run_back(served, served_line):
     assert len(np.unique(node.read()["I_smeared"].values[:, 10])) == 4
 
 
+def test_result_of_a_run_that_is_deleted_while_it_goes_on_is_given_up(delivered, monkeypatch):
+    line, writer = delivered
+    beam = line.beam()
+    line.deliver(writer)
+    uid = line.sample(exposures=2, direct_beam_uid=beam)
+    line.deliver(writer, ended=False)
+    monkeypatch.setattr(results, "CLAIM_INTERVAL", 0.1)
+    watcher = Watcher(line.client, config=CONFIG, scan_interval=0.2)
+    monkeypatch.setattr(watcher, "_subscribe", lambda: None)  # a client within this process has no hints
+
+    def turned(holds: Callable[[], bool]) -> Callable[[], bool]:
+        return lambda: (watcher.turn(), holds())[1]
+
+    eventually(turned(lambda: watcher.statistics.exposures == 2))
+    line.client["raw"].delete_contents(uid, recursive=True, external_only=False)
+    eventually(turned(lambda: watcher.in_hand == 0))
+    said = line.result(uid).metadata
+    assert (said["status"], said["writer"]["claim"]) == ("running", None), "whoever finds the run again may begin it at once"
+    time.sleep(0.3)
+    watcher.turn()
+    assert line.result(uid).metadata["updated"] == said["updated"]
+
+
 def test_files_that_come_late_and_files_that_are_broken(served, served_line):
     line = served_line
     since = time.time() - 1
