@@ -374,6 +374,21 @@ def test_a_slow_method_does_so_few_exposures_at_once_that_nobody_takes_it_for_de
     assert sum(sizes) == 12
 
 
+def test_a_result_that_another_process_took_over_before_its_end_is_left_to_it(line):
+    line.beam()
+    line.docs.clear()
+    sample = line.sample()
+    callback = DesmearCallback(line.client, config=CONFIG)
+    for name, doc in line.docs[:-1]:
+        callback(name, doc)
+    assert callback.wait(WAIT)
+    line.client["desmeared"].delete_contents(line.result(sample).item["id"], recursive=True, external_only=False)
+    callback(*line.docs[-1])
+    assert callback.close(WAIT)
+    assert (callback.statistics.runs, callback.statistics.errors) == (1, 0)
+    assert desmear_runs(line.client, [sample], config=CONFIG).exposures == 1
+
+
 def from_the_catalog(line, sample: str) -> xr.Dataset:
     """What a run gives when all of it is there, in place of what it gave live."""
     line.client["desmeared"].delete_contents(line.result(sample).item["id"], recursive=True, external_only=False)

@@ -210,8 +210,11 @@ class SampleRuns:
         if run is None:
             return
         if run.writer is not None and not run.closed:
-            run.writer.complete()
-            logger.info("Run %s: complete with %d exposures.", run_uid, run.done)
+            try:
+                run.writer.complete()
+                logger.info("Run %s: complete with %d exposures.", run_uid, run.done)
+            except LostClaim as error:  # whoever has it completes it
+                logger.warning("%s", error)
         self.statistics.runs += 1
         self.redo.discard(run_uid)
         del self._runs[run_uid]
