@@ -179,6 +179,23 @@ def test_wavelength_spread_of_a_parabola():
     np.testing.assert_allclose(spread.apply(spread.q_calc**2)[20:], (Q**2 * (1 + 3 * 0.02**2))[20:], rtol=2e-4)
 
 
+@pytest.mark.parametrize("kind", ["slit", "wavelength", "rings"])
+def test_a_narrow_peak_through_a_kernel_of_many_steps_is_no_comb(kind: str):
+    q = np.arange(0.002, 3, 0.002)
+    peak = lambda q: np.exp(-((q - 2) ** 2) / (2 * 0.004**2))  # noqa: E731
+    if kind == "slit":
+        operator, offset = Smearing.slit(q, 0, 0.2), 0.2 * np.linspace(-1, 1, 8001)
+        points, weight, near = lambda a: a + offset, np.ones(8001), np.abs(q - 2) < 0.19
+    elif kind == "wavelength":
+        operator, offset = Smearing.wavelength(q, 0.1), 0.1 * np.linspace(-5, 5, 20001)
+        points, weight, near = lambda a: a / (1 + offset), np.exp(-0.5 * (offset / 0.1) ** 2), np.abs(q - 2) < 0.3
+    else:
+        operator, offset = Smearing.rings(q, [0.3], [1.0]), np.cos((np.arange(20000) + 0.5) * np.pi / 20000)
+        points, weight, near = lambda a: np.sqrt(a**2 + 0.09 - 0.6 * a * offset), np.ones(20000), np.abs(q - 2) < 0.25
+    truth = np.array([np.average(peak(points(a)), weights=weight) for a in q[near]])
+    np.testing.assert_allclose(operator.apply(peak(operator.q_calc))[near], truth, rtol=0.05)
+
+
 def test_composition_is_one_after_the_other():
     beam = Smearing.rice(Q, 0.03)
     spread = Smearing.wavelength(beam.q_calc, 0.05)

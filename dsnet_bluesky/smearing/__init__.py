@@ -7,8 +7,15 @@ beyond the measured `q` on both sides, because the instrument does.
 
 Everything that smears or desmears takes one `Smearing`. Between the nodes of
 `q_calc` a curve is piecewise linear (hat functions); beyond its ends it is
-taken as constant. All constructors integrate hat functions, so R is exact for
-curves of that kind whatever the spacing of the nodes.
+taken as constant. All constructors integrate hat functions; how exactly, for curves
+of that kind, depends on the kernel:
+
+- `gaussian`, `pinhole`, and `slit` without a width and a profile are in closed form, `rice`
+  is by Gauss-Legendre between the nodes: exact whatever the spacing of the nodes.
+- `rings` (azimuths), `wavelength`, the width of a `slit`, its profile and `pixel_coverage`
+  (pixels) are sums over samples. They are as good while samples lie closer together than the
+  nodes, or the curve is smooth from one sample to the next. The docstrings say how many there
+  are; most grow with the kernel's width in steps of q, up to a bound.
 
 All lengths in reciprocal space are in 1/nm.
 """
@@ -44,6 +51,7 @@ from .hats import (
     q_of,
     quadrature,
     sample_bins,
+    samples,
     slit_hats,
     uniform_length,
 )
@@ -312,7 +320,7 @@ class Smearing:
 
     @classmethod
     def rings(
-        cls, q: ArrayLike, rho: ArrayLike, p: ArrayLike, *, q_calc: ArrayLike | None = None, azimuths: int = 64
+        cls, q: ArrayLike, rho: ArrayLike, p: ArrayLike, *, q_calc: ArrayLike | None = None, azimuths: int | None = None
     ) -> Smearing:
         """Beam of any shape on a full azimuthal average.
 
@@ -329,13 +337,17 @@ class Smearing:
         q_calc
             Grid of the unsmeared curve; by default `q` extended by the largest radius.
         azimuths
-            Midpoints in phi for each ring.
+            Midpoints in phi for each ring; they lie up to ``pi rho / azimuths`` apart in q. By
+            default 64, and up to 512 where the beam's rms radius is more than 20 steps of q. A peak
+            narrower than both, the distance and a step, becomes a comb.
         """
         q = grid(q, "q")
         rho, p = np.asarray(rho, dtype=float), np.asarray(p, dtype=float)
         if rho.shape != p.shape or rho.ndim != 1 or not p.sum() > 0 or (rho < 0).any():
             raise BadInput("rho and p must be one-dimensional and of one length, rho >= 0 and the sum of p positive.")
         rho, weight = rho[p != 0], p[p != 0] / p.sum()
+        rms = float(np.sqrt(max(weight @ rho**2, 0.0)))
+        azimuths = azimuths or samples(np.pi * rms, np.diff(q), 64, 512)
         nodes = extend(q, float(rho.max()), float(rho.max())) if q_calc is None else grid(q_calc, "q_calc")
         cosine = np.cos((np.arange(azimuths) + 0.5) * np.pi / azimuths)
         weights = np.repeat(weight / azimuths, azimuths)
@@ -344,7 +356,7 @@ class Smearing:
             square = q[rows, None, None] ** 2 + rho[:, None] ** 2 - 2 * q[rows, None, None] * rho[:, None] * cosine
             points = np.sqrt(np.maximum(square, 0)).reshape(-1, weights.size)
             matrix[rows] = hats(points, np.broadcast_to(weights, points.shape), nodes)
-        return cls(q, nodes, matrix, kind="rings", rms_radius=float(np.sqrt(weight @ rho**2)))
+        return cls(q, nodes, matrix, kind="rings", rms_radius=rms)
 
     @classmethod
     def slit(
@@ -369,12 +381,18 @@ class Smearing:
         length
             HALF the slit length in 1/nm (`dQl` of a file). Ignored when a profile is given.
         width
-            HALF the slit width in 1/nm (`dQw` of a file).
+            HALF the slit width in 1/nm (`dQw` of a file). It is a sum over 33 midpoints, and over
+            up to 500, a step of q apart, where the whole width is more than 33 steps. Beyond 500
+            steps, and at the fine end of a logarithmic grid, peaks narrower than the distance of two
+            midpoints, ``2 width / 33`` at most, become combs.
         profile
             Measured slit-length profile: l in 1/nm (ascending) and P(l). Both
             signs of l are folded onto one, since I depends on ``|l|``. The parameter
             `length`, which files hold as dQl, is then the half-length of the uniform slit
             of the same mean square, ``sqrt(3 <l^2>)``, and `profile_reach` the largest ``|l|``.
+            A profile is constant in each of 400 cells from 0 to there (the plain slit is in closed
+            form): what is narrower in it is averaged, and where q is far below a cell, steep curves
+            come out wrong by a few parts in a thousand.
         q_calc
             Grid of the unsmeared curve; by default `q` extended by what the slit reaches.
         """
@@ -390,7 +408,7 @@ class Smearing:
             if q_calc is None
             else grid(q_calc, "q_calc")
         )
-        centres = np.abs(q[:, None] + width * midpoints(33)) if width else q[:, None]
+        centres = np.abs(q[:, None] + width * midpoints(samples(2 * width, np.diff(q), 33, 500))) if width else q[:, None]
         matrix = np.zeros((q.size, nodes.size))
         for column in centres.T:
             matrix += slit_hats(column, edges, density, nodes) / centres.shape[1]
@@ -412,6 +430,11 @@ class Smearing:
             Standard deviation of the wavelength over its mean (FWHM / 2.355).
         q_calc
             Grid of the unsmeared curve; by default `q` extended by 5 spreads.
+
+        Notes
+        -----
+        A sum over 201 samples of eps, ``spread q / 20`` apart in q, and up to 1001 where that is
+        more than the last steps of q. A peak narrower than both, the distance and a step, becomes a comb.
         """
         q = grid(q, "q")
         positive(spread, "spread")
@@ -419,7 +442,8 @@ class Smearing:
             raise BadInput(
                 f"A wavelength spread of {spread:g} is not small; give the standard deviation as a fraction, e.g. 0.01."
             )
-        epsilon = np.linspace(-GAUSSIAN_REACH, GAUSSIAN_REACH, 201) * spread
+        count = samples(2 * GAUSSIAN_REACH * spread * q[-1], np.diff(q)[-5:], 200, 1000) + 1
+        epsilon = np.linspace(-GAUSSIAN_REACH, GAUSSIAN_REACH, count) * spread
         weight = np.exp(-0.5 * (epsilon / spread) ** 2)
         points = q[:, None] / (1 + epsilon)
         nodes = (

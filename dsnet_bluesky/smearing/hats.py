@@ -163,13 +163,18 @@ def close_rows(matrix: Floats) -> Floats:
     return matrix
 
 
+def samples(span: float, spacing: Floats, least: int, most: int) -> int:
+    """How many samples of a span lie no farther apart than the nodes (the median of their spacing), within bounds."""
+    return int(np.clip(np.ceil(span / np.median(spacing)), least, most))
+
+
 def midpoints(count: int) -> Floats:
     """Midpoints of `count` equal parts of [-1, 1]."""
     return (2 * np.arange(count) + 1) / count - 1
 
 
 def length_profile(length: float, profile: tuple[ArrayLike, ArrayLike] | None) -> tuple[Floats, Floats]:
-    """Edges of cells in |l|, shape (k + 1,), and the weight per length in each, shape (k,)."""
+    """Edges of cells in |l|, shape (k + 1,), and the weight per length in each, shape (k,): 400 cells of a profile."""
     if profile is None:
         return np.array([0.0, length]), np.array([1.0 / length if length else np.inf])
     l, p = (np.asarray(v, dtype=float) for v in profile)
