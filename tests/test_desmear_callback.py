@@ -23,7 +23,7 @@ from dsnet_bluesky.callbacks import pairing, sample_runs
 from dsnet_bluesky.callbacks.desmear import DesmearCallback, desmear_runs
 from dsnet_bluesky.callbacks.exposures import exposures_of_documents
 from dsnet_bluesky.data import BadInput
-from dsnet_bluesky.derived import ResultWriter
+from dsnet_bluesky.derived import ResultWriter, is_abandoned
 from dsnet_bluesky.documents import result_key
 from dsnet_bluesky.pipeline import Config, PreparedCurves
 from dsnet_bluesky.versions import load_model
@@ -508,6 +508,59 @@ def test_listener_that_comes_in_the_middle_of_a_run(line):
     callback.close()
     assert callback.statistics.deferred == 1
     assert line.result(sample).read().sizes["exposure"] == 2
+
+
+def test_run_whose_stop_document_is_lost_is_done_when_it_has_ended_in_the_catalog(delivered, monkeypatch):
+    """Its RunEngine's process was killed, or a network lost the document; a spool ends the run in the catalog."""
+    line, writer = delivered
+    monkeypatch.setattr(desmear_module, "SILENCE", 0.2)
+    beam = line.beam()
+    line.deliver(writer)
+    sample = line.sample(exposures=4, direct_beam_uid=beam)
+    heard = [item for item in line.docs if not (item[0] == "stream_datum" and item[1]["indices"]["start"] >= 2)][:-1]
+    late = [item for item in line.docs if item[0] == "stream_datum" and item not in heard]
+    stop = line.deliver(writer, ended=False)
+    callback = DesmearCallback(line.client, config=CONFIG)
+    for name, doc in heard:
+        callback(name, doc)
+    time.sleep(2.0)
+    assert callback.wait(WAIT)
+    assert (callback.statistics.exposures, callback.statistics.deferred) == (2, 0), "silent, but it goes on"
+    writer(*stop)
+    until(lambda: callback.statistics.deferred == 1)
+    for name, doc in [*late, stop]:
+        callback(name, doc)  # after all
+    assert callback.close()
+    node = line.result(sample)
+    assert (node.metadata["status"], node.metadata["exposures"]) == ("complete", 4)
+    assert len(np.unique(node.read()["I_smeared"].values[:, 10])) == 4, "each exposure once"
+
+
+def test_run_that_was_deleted_before_its_stop_document_came_is_given_up(delivered, monkeypatch):
+    line, writer = delivered
+    monkeypatch.setattr(desmear_module, "SILENCE", 0.2)
+    monkeypatch.setattr(desmear_module, "ATTEMPTS", 3)
+    beam = line.beam()
+    line.deliver(writer)
+    sample = line.sample(direct_beam_uid=beam)
+    heard = line.docs[:-1]
+    line.deliver(writer, ended=False)
+    callback = DesmearCallback(line.client, config=CONFIG, retry_interval=0.1)
+    for name, doc in heard:
+        callback(name, doc)
+    until(lambda: callback.statistics.exposures == 1)
+    line.client["raw"].delete_contents(sample, recursive=True, external_only=False)
+    until(lambda: callback.statistics.abandoned == [sample])
+    assert callback.close(), "nothing is left to do"
+    node = line.result(sample)
+    assert is_abandoned(node.item["id"], node.metadata)
+
+
+def until(holds):
+    end = time.monotonic() + WAIT
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_same_documents_twice_give_one_result(line, desmear):

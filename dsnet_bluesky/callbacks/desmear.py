@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -39,6 +40,9 @@ READ_ATTEMPTS = 5
 
 RETRY_INTERVAL = 10.0
 """Seconds between two attempts, at most."""
+
+SILENCE = 30.0
+"""Seconds without an exposure of a run after which the catalog is asked whether it has ended: a network loses stop documents."""
 
 EXIT_TIMEOUT = 20.0
 """Seconds for which a script that ends waits for what is still to do."""
@@ -111,6 +115,8 @@ class DesmearCallback:
         self._put_off: dict[str, str] = {}
         self._ended: deque[str] = deque()
         self._later: dict[tuple[str, str], Deferred] = {}
+        # Of the worker's thread alone: when the runs whose stop has not come were last heard of.
+        self._heard: dict[str, float] = {}
         self._worker = Worker(self._handle, self._catch_up, self._settled, size=queue_size, name="desmear")
         atexit.register(self._at_exit)
 
@@ -179,6 +185,8 @@ class DesmearCallback:
 
     def _handle(self, item: tuple[str, Mapping[str, Any]]) -> None:
         name, doc = item
+        if name == "start":
+            self._heard[doc["uid"]] = time.monotonic()
         try:
             self._router(name, dict(doc))
         except KeyError:
@@ -202,6 +210,7 @@ class DesmearCallback:
         if self._batch and (self._batch[0].run_uid != exposure.run_uid or len(self._batch) >= BATCH):
             self._do_batch()
         self._batch.append(exposure)
+        self._heard[exposure.run_uid] = time.monotonic()
 
     def _do_batch(self) -> None:
         exposures, self._batch = self._batch, []
@@ -218,6 +227,7 @@ class DesmearCallback:
             self._put_off[run_uid] = f"{type(error).__name__}: {error}"
 
     def _stop(self, run_uid: str) -> None:
+        self._heard.pop(run_uid, None)
         try:
             if run_uid not in self._put_off:
                 self._runs.finish(run_uid)
@@ -239,6 +249,7 @@ class DesmearCallback:
         while self._ended:
             self._later.setdefault(("run", self._ended[0]), Deferred())
             self._ended.popleft()  # last, so that `_settled` never misses it
+        self._put_silent_off()
         self._runs.keep_claims()
         for (what, run_uid), deferred in list(self._later.items()):
             if not deferred.due:
@@ -249,6 +260,26 @@ class DesmearCallback:
                 done = True
             if done:
                 del self._later[what, run_uid]
+
+    def _put_silent_off(self) -> None:
+        """Put runs off whose stop document was lost: they have ended in the catalog, or are not there any more."""
+        now = time.monotonic()
+        for run_uid, heard in list(self._heard.items()):
+            if now - heard < SILENCE:
+                continue
+            self._heard[run_uid] = now
+            try:
+                run = derived.lookup(self._raw, run_uid)
+            except CATALOG_AWAY as error:
+                logger.debug("Run %s is not heard of, and the catalog cannot be asked (%r).", run_uid, error)
+                return
+            # One without a result may still be on its way into the catalog.
+            gone = run is None and run_uid in self._runs.open
+            if gone or (run is not None and run.metadata.get("stop") is not None):
+                del self._heard[run_uid]
+                self._open.pop(run_uid, None)
+                self._put_off.setdefault(run_uid, "Its stop document did not come.")
+                self._later.setdefault(("run", run_uid), Deferred())
 
     def _attempt(self, what: str, run_uid: str, *, patient: bool) -> bool:
         """Do something with a run of the catalog; False if it is worth another attempt."""
@@ -277,6 +308,7 @@ class DesmearCallback:
 
     def _drop(self, run_uid: str, *, tell: bool = True) -> bool:
         """Forget a run and leave its result to whoever begins it again; whether the catalog, by which others know, was told."""
+        self._heard.pop(run_uid, None)
         self._put_off.pop(run_uid, None)
         if tell:
             try:
@@ -306,6 +338,7 @@ class DesmearCallback:
         self._runs.add(exposures_of_documents(run.documents()), patient=patient, deferred=reason)
         self._runs.finish(run_uid)
         self._later[("served", run_uid)] = Deferred()
+        self._heard.pop(run_uid, None)
         self._put_off.pop(run_uid, None)
         self.statistics.deferred += 1
         return True
