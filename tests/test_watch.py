@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -383,6 +384,29 @@ def test_health_metrics_and_status(served, served_line):
     assert json.loads(shown.stdout)["last"][0]["raw_uid"] == uid
     table = CliRunner().invoke(app, ["status", "--method", "lake", "--uri", served.uri, "--api-key", served.api_key])
     assert uid[:8] in table.stdout
+
+
+def test_clients_that_say_nothing_do_not_hide_the_watcher(client, monkeypatch, capfd):
+    """A port scanner, or a load balancer that keeps a connection ready."""
+    monkeypatch.setattr("dsnet_bluesky.watch.metrics._Quiet.timeout", 4.0)
+    with serving(Watcher(client, config=CONFIG)) as (host, port), ExitStack() as silent:
+        connections = [silent.enter_context(socket.create_connection((host, port))) for _ in range(3)]
+        for path in ("healthz", "metrics"):
+            assert httpx.get(f"http://{host}:{port}/{path}", timeout=3.0).status_code == 200
+        connections[0].settimeout(WAIT)
+        assert connections[0].recv(1) == b"", "after a while they are left"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@contextmanager
+def serving(watcher: Watcher) -> Iterator[tuple[str, int]]:
+    """What says how a watcher is, as long as the context lasts."""
+    server = serve_metrics(watcher, 0)
+    try:
+        yield "127.0.0.1", server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_another_direct_beam_makes_another_result(served, served_line):

@@ -6,6 +6,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -16,6 +18,9 @@ from prometheus_client.registry import Collector
 from .service import Watcher
 
 __all__ = ["describe", "serve_metrics"]
+
+REQUEST_TIMEOUT = 10.0
+"""Seconds after which a client that says nothing is left."""
 
 STALE = 300.0
 """Seconds without a turn of the watcher's loop after which it counts as hanging; a batch of long curves takes a minute."""
@@ -69,7 +74,20 @@ class _Collector(Collector):
         yield GaugeMetricFamily("dsnet_catalog_up", "1 if the catalog can be used.", value=said["catalog"] == "ok")
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers each client on a thread of its own: one that says nothing shall not hide the watcher from the others."""
+
+    daemon_threads = True
+
+
 class _Quiet(WSGIRequestHandler):
+    timeout = REQUEST_TIMEOUT
+
+    def handle(self) -> None:
+        """Answer a request; a client that says nothing, or is gone, is no error of ours."""
+        with suppress(OSError):
+            super().handle()
+
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: it is asked every few seconds."""
 
@@ -94,6 +112,6 @@ def serve_metrics(watcher: Watcher, port: int, host: str = "127.0.0.1") -> WSGIS
         start_response(status, [("Content-Type", "application/json")])
         return [json.dumps(said).encode()]
 
-    server = make_server(host, port, application, handler_class=_Quiet)
+    server = make_server(host, port, application, server_class=_Server, handler_class=_Quiet)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
