@@ -18,6 +18,7 @@ from dsnet_bluesky.derived import ResultWriter
 from dsnet_bluesky.pipeline import Config
 from dsnet_bluesky.questions import Between, OfRun, Quality, Sample
 from dsnet_bluesky.replay import replay
+from dsnet_bluesky.replay.service import _Cluster, _pool
 from dsnet_bluesky.replay.unprofiled import Unprofiled
 
 LAKE = Config(method="lake", bins=100, per_bin=64)
@@ -172,6 +173,21 @@ def test_workers_are_not_profiled():
 
 def profiled(dask_worker: Worker) -> bool:
     return "profile" in dask_worker.periodic_callbacks
+
+
+def test_workers_do_not_hide_that_the_catalog_is_away(client, monkeypatch):
+    """Whoever hands out the batches is patient; ten attempts of each request would hold a batch up for minutes."""
+    monkeypatch.delenv("TILED_RETRY_ATTEMPTS")  # of the tests themselves
+    with _pool(client, LAKE, retry_failed=False, verify=False, workers=1, dask=None) as pool:
+        assert isinstance(pool, _Cluster)
+        assert list(pool._cluster.run(attempts_of_tiled).values()) == [1]
+
+
+def attempts_of_tiled() -> int:
+    # The worker has imported this module, and with it what it imports for its first batch.
+    from tiled.client.utils import TILED_RETRY_ATTEMPTS
+
+    return TILED_RETRY_ATTEMPTS
 
 
 def test_the_command_in_a_cluster_of_its_own(served, served_line):

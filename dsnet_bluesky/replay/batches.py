@@ -7,7 +7,6 @@ Whatever is out of the ordinary, from a missing file to a run of a thousand expo
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import uuid
@@ -289,7 +288,6 @@ def _batches(work: Work) -> Batches:
     """Return what this process keeps for a replay."""
     with _making:
         if work.replay not in _known:
-            os.environ.setdefault("TILED_RETRY_ATTEMPTS", "1")  # whoever hands out the batches is patient
             import torch
             from tiled.client import from_uri
 

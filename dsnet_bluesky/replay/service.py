@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # there is a worker for each core
+    # Whoever hands out the batches is patient. Read when Tiled's client is imported, before a worker has its first batch.
+    "TILED_RETRY_ATTEMPTS": "1",
     # dask lets workers give memory back to the system at once; a third of their time would go into getting it again.
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
