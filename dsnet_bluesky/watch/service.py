@@ -293,7 +293,7 @@ class Watcher:
         if not exposures:
             return False
         run.waiting = run.waiting or time.monotonic()
-        self._runs.add(exposures, patient=True, interrupted=self._stopping.is_set)
+        self._runs.add(exposures, patient=True, interrupted=self._interrupted)
         return True
 
     def _end(self, node: Any, run: _InHand) -> bool:
@@ -302,7 +302,7 @@ class Watcher:
         exposures = exposures_of_documents(node.documents())
         patient = run.attempts.attempts + 1 < READ_ATTEMPTS
         deferred = None if run.live else run.found
-        self._runs.add(exposures, patient=patient, deferred=deferred, interrupted=self._stopping.is_set)
+        self._runs.add(exposures, patient=patient, deferred=deferred, interrupted=self._interrupted)
         if self._stopping.is_set():
             return False
         if not exposures:
@@ -310,6 +310,11 @@ class Watcher:
         self._runs.finish(node.item["id"])
         self._unregistered[node.item["id"]] = Deferred()
         return True
+
+    def _interrupted(self) -> bool:
+        """Whether to leave the rest of a run undone; asked between its batches, so that a long run does not look like hanging."""
+        self.last_turn = time.monotonic()
+        return self._stopping.is_set()
 
     def _failed(self, uid: str, run: _InHand, error: Exception) -> bool:
         """Put a run off, or store why it failed; whether it is done with."""
