@@ -405,7 +405,8 @@ class TestPairing:
     def test_many_beams_later_in_the_catalog_do_not_hide_the_nearest(self, client, store_raw_run, line, mapping):
         """The catalog looks at the newest by time, not at those that were stored first."""
         for number in range(25):
-            store_raw_run(client, f"old-beam-{number}", purpose="direct_beam", time=1e9 + number)
+            run = store_raw_run(client, f"old-beam-{number}", purpose="direct_beam", time=1e9 + number)
+            run.update_metadata({"stop": {"run_start": f"old-beam-{number}", "time": 1e9 + number + 0.5}})
         source = open_source(line.adapter)
         beam, sample = line.beam(), line.sample()
         bring_in(source, mapping, client)
