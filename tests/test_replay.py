@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from distributed import Client, LocalCluster, Worker
 from tiled.queries import Key
@@ -17,7 +18,7 @@ from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.derived import ResultWriter
 from dsnet_bluesky.pipeline import Config
 from dsnet_bluesky.questions import Between, OfRun, Quality, Sample
-from dsnet_bluesky.replay import replay
+from dsnet_bluesky.replay import replay, service
 from dsnet_bluesky.replay.service import _Cluster, _pool
 from dsnet_bluesky.replay.unprofiled import Unprofiled
 
@@ -161,9 +162,18 @@ def test_unusable_input_is_refused_before_anything_is_begun(line):
         replay(line.client, config=LAKE, questions=asked, dask="tcp://127.0.0.1:9")
 
 
+def test_a_cluster_of_its_own_listens_on_this_machine_only(line):
+    def listening() -> set[str]:
+        return {seen.laddr.ip for seen in psutil.Process().net_connections() if seen.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    with service._pool(line.client, LAKE, retry_failed=False, verify=False, workers=1, dask=None):
+        assert listening() - before <= {"127.0.0.1"}
+
+
 def test_workers_are_not_profiled():
     """With Python 3.11 a profiler can stop one for ever; one that was restarted has none either."""
-    with LocalCluster(n_workers=1, dashboard_address="") as local, Client(local) as cluster:
+    with LocalCluster(n_workers=1, dashboard_address="127.0.0.1:0") as local, Client(local) as cluster:
         assert list(cluster.run(profiled).values()) == [True]
         cluster.register_plugin(Unprofiled())
         assert list(cluster.run(profiled).values()) == [False]

@@ -365,7 +365,7 @@ def _pool(
     count = workers or os.cpu_count() or 1
     with (
         of_dask.set({"distributed.nanny.pre-spawn-environ": ENVIRONMENT}),
-        LocalCluster(n_workers=count, threads_per_worker=THREADS, dashboard_address="") as local,
+        LocalCluster(n_workers=count, threads_per_worker=THREADS, dashboard_address="127.0.0.1:0") as local,
         Client(local) as cluster,
     ):
         yield _Cluster(cluster, work, verify=verify)
