@@ -55,12 +55,15 @@ def frames_of_runs(client: Any, questions: Sequence[Question] = ()) -> ScanFrame
     Raises
     ------
     BadInput
-        If there are no such runs, a run has no direct beam or cannot be read, or they are not of one detector position.
+        If there are no such runs, a run has not ended, has no direct beam or cannot be read, or they are not of one
+        detector position.
     """
     beams = DirectBeams(mount(client, "raw"), Config(method="map"), max_age=MAX_BEAM_AGE)
     places: dict[str, _Place] = {}
     frames, runs = [], []
     for uid, run in sample_runs(client, questions).items():
+        if run.metadata.get("stop") is None:
+            raise BadInput(f"Run {uid} has not ended in the catalog: train when it has, or leave it out of the query.")
         exposures = _of_one_detector(exposures_of_documents(run.documents()))
         for exposure in exposures:
             key = f"{uid} {json.dumps(_instrument(exposure), default=str)}"

@@ -187,3 +187,13 @@ def check_learning(client, sample, directory):
         train_on_runs(client, directory / "model", questions=[OfRun(sample)])
     with pytest.raises(BadInput, match="no sample run"):
         frames_of_runs(client, [Sample("nylon")])
+
+
+def test_a_run_that_has_not_ended_is_not_learned_from(delivered):
+    line, writer = delivered
+    line.beam()
+    line.deliver(writer)
+    line.sample(exposures=2)
+    line.deliver(writer, ended=False)
+    with pytest.raises(BadInput, match="has not ended in the catalog"):
+        frames_of_runs(line.client, [Sample("AgBh")])
