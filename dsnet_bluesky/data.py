@@ -107,6 +107,10 @@ class Flag(enum.IntFlag):
     """The frame holds fewer than 0.1 counts a pixel."""
 
 
+PER_NM = ("1/nm", "nm^-1", "nm-1", "nm**-1", "1 / nm", "nm^{-1}", "1/nanometer", "1 / nanometer")
+"""Spellings of the unit of q."""
+
+
 def curve(
     q: ArrayLike,
     I: ArrayLike,
@@ -145,16 +149,16 @@ def curve(
     BadInput
         If the curve cannot be used (see `check_curve`).
     """
-    intensity = np.array(I, dtype=float)
+    intensity = _numbers(I)
     if intensity.ndim not in (1, 2):
         raise BadInput(f"I has {intensity.ndim} dimensions; give (q,) or (exposure, q).")
     dims = ("q",) if intensity.ndim == 1 else ("exposure", "q")
-    q = np.array(q, dtype=float)
+    q = _numbers(q)
     if q.ndim != 1 or intensity.shape[-1] != q.size:
         raise BadInput(f"q has shape {q.shape} and I has shape {intensity.shape}: the last axes must agree.")
     if Idev is None:
         attrs["Idev_estimated"] = 1
-    idev = estimate_idev(intensity) if Idev is None else np.array(Idev, dtype=float)
+    idev = estimate_idev(intensity) if Idev is None else _numbers(Idev)
     if idev.shape != intensity.shape:
         raise BadInput(f"Idev has shape {idev.shape} and I has shape {intensity.shape}: they must agree.")
     dataset = xr.Dataset(
@@ -163,9 +167,14 @@ def curve(
         attrs=attrs,
     )
     if Qdev is not None:
-        dataset["Qdev"] = ("q", np.broadcast_to(np.asarray(Qdev, dtype=float), q.shape).copy(), {"units": "1/nm"})
+        dataset["Qdev"] = ("q", np.broadcast_to(_numbers(Qdev), q.shape).copy(), {"units": "1/nm"})
         dataset["q"].attrs["resolutions"] = "Qdev"
     return check_curve(describe(dataset))
+
+
+def _numbers(values: ArrayLike) -> NDArray[np.float64]:
+    """Copy numbers; what is masked is NaN, which is refused where it matters."""
+    return np.array(np.ma.filled(np.ma.asarray(values, dtype=float), np.nan))
 
 
 def describe(dataset: xr.Dataset) -> xr.Dataset:
@@ -182,14 +191,20 @@ def check_curve(dataset: xr.Dataset) -> xr.Dataset:
     Raises
     ------
     BadInput
-        If q is not finite, not positive or not strictly ascending, if there are fewer than 5 points
-        or no exposure, or if no exposure has intensities that can be used (`check_intensities`).
+        If q is not finite, not positive, not strictly ascending or not in 1/nm, if there are fewer than 5 points
+        or no exposure, if I and Idev are not of dims q, or exposure and q, or if no exposure has intensities that can
+        be used (`check_intensities`).
     """
     missing = {"q", "I", "Idev"} - set(dataset.variables)
     if missing:
         raise BadInput(f"The curve lacks {', '.join(sorted(missing))}; build it with dsnet_bluesky.data.curve(q, I, Idev).")
     if not dataset.sizes.get("exposure", 1):
         raise BadInput("The batch holds no exposure; give at least one curve.")
+    dims = [dataset.variables[name].dims for name in ("I", "Idev")]
+    if set(dims[0]) != set(dims[1]) or set(dims[0]) not in ({"q"}, {"exposure", "q"}):
+        raise BadInput(f"I has the dims {dims[0]} and Idev {dims[1]}; give both (q,), or both (exposure, q).")
+    if (units := dataset.variables["q"].attrs.get("units", "1/nm")) not in PER_NM:
+        raise BadInput(f"q is in {units!r}; convert it to 1/nm, and say so in its attribute units.")
     q = dataset["q"].values
     if q.size < 5:
         raise BadInput(f"The curve has {q.size} points; at least 5 are needed.")

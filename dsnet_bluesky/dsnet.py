@@ -68,6 +68,9 @@ MISSED = 3.0
 POOR = 2.0
 """chi2 above which the classical methods are asked."""
 
+HAT = 1 / np.sqrt(6)
+"""Standard deviation of a hat function in steps: a curve that is straight between its points shows nothing narrower."""
+
 one_torch_thread = OneThread(torch.get_num_threads, torch.set_num_threads, each=True)
 
 
@@ -207,7 +210,7 @@ class DSNet:
             I=I,
             Idev=I * working.spread(found.error),
             Idev_noise=I * working.spread(found.noise),
-            Qdev=working.spread(found.width),
+            Qdev=np.maximum(working.spread(found.width), np.gradient(smearing.q) * HAT),
             flags=found.flags.astype(np.int64),
             diagnostics={"answer": np.where(found.moved, "proximal", "network"), "chi2_network": found.before},
             attrs={"correlation": self.calibration.correlation, "coverage_factor": self.calibration.coverage_factor},

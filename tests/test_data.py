@@ -120,3 +120,23 @@ def test_failed_exposures_join_the_others():
         "status": np.dtype("<U6")
     }
     assert joined["I"].attrs == good["I"].attrs
+
+
+def test_masked_points_are_no_points():
+    q = np.linspace(0.1, 1, 20)
+    hot = np.ma.masked_greater(np.where(np.arange(20) == 7, 1e6, 1.0), 1e5)
+    with pytest.raises(BadInput, match="I is not finite at 1 points"):
+        curve(q, hot, np.ones(20))
+    with pytest.raises(BadInput, match="q must be finite"):
+        curve(np.ma.masked_less(q, 0.2), np.ones(20), np.ones(20))
+
+
+def test_a_curve_of_another_program_is_in_1_nm_and_its_errors_are_of_its_shape():
+    made = curve(np.linspace(0.1, 1, 20), np.ones((3, 20)), np.ones((3, 20)))
+    assert check_curve(made.assign_coords(q=made["q"].assign_attrs(units="nm^-1"))).sizes["exposure"] == 3
+    with pytest.raises(BadInput, match="q is in '1/angstrom'; convert it to 1/nm"):
+        check_curve(made.assign_coords(q=made["q"].assign_attrs(units="1/angstrom")))
+    with pytest.raises(BadInput, match=r"give both \(q,\), or both \(exposure, q\)"):
+        check_curve(made.assign(Idev=made["Idev"].isel(exposure=0, drop=True)))
+    with pytest.raises(BadInput, match=r"give both \(q,\), or both \(exposure, q\)"):
+        check_curve(made.expand_dims(frame=2))

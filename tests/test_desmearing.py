@@ -380,3 +380,27 @@ class TestTails:
             Tails(smearing, "cubic")
         with pytest.raises(BadInput, match="fewer than 2 points"):
             Tails(smearing, "linear", 2.0)
+
+
+@pytest.mark.parametrize("sigma", [2.0, 10.0, 50.0, 1000.0])
+def test_a_kernel_far_wider_than_the_curve_is_refused(sigma):
+    """Folded at q = 0 and cut at the end of q_calc it looks narrower."""
+    q = np.linspace(0.02, 3, 150)
+    with pytest.raises(BadInput, match="shorter than the PSF"):
+        prepare(Smearing.gaussian(q, sigma), "map")
+    with pytest.raises(BadInput, match="shorter than the PSF"):
+        prepare(Smearing.slit(q, 0.01, 2 * sigma), "map")
+
+
+def test_wiener_gives_no_curve_of_zeros_for_noise():
+    q = np.linspace(0.02, 3, 150)
+    noise = curve(q, np.random.default_rng(1).normal(size=150), np.full(150, 3.0))
+    with pytest.raises(BadInput, match="No frequency of the curve stands above its noise"):
+        desmear(noise, Smearing.gaussian(q, 0.05), "wiener")
+
+
+def test_dsnet_states_no_resolution_that_the_grid_cannot_show():
+    q = np.arange(1, 301) * 0.01
+    smearing = Smearing.slit(q, 0.3)
+    I = smearing.apply(1 / (1 + (3 * smearing.q_calc) ** 2) ** 2 + 1e-3)
+    assert desmear(curve(q, I, 0.02 * I), smearing, "dsnet")["Qdev"].min() >= 0.01 / np.sqrt(6) * (1 - 1e-9)

@@ -403,7 +403,9 @@ def _check_range(smearing: Smearing) -> None:
     extrapolated (that is how all Bonse-Hart data are desmeared). What counts is
     how far the operator reaches down: for a symmetric kernel its standard deviation.
     """
-    width = float(widths_below(smearing).max())
+    # R is folded at q = 0 and ends with q_calc: a kernel wider than all that looks narrower in it than it is.
+    nominal = [0.0 if smearing.dq is None else smearing.dq.max(), smearing.parameters.get("width", 0.0) / np.sqrt(3)]
+    width = float(max(widths_below(smearing).max(), *nominal))
     span = float(smearing.q[-1] - smearing.q[0])
     if span < MINIMUM_RANGE * width:
         raise BadInput(

@@ -103,6 +103,8 @@ class Wiener:
         noise = 2 * mirrored.sum(axis=-1, keepdims=True)
         passed = np.abs(self._kernel) > WEAKEST
         gain = np.maximum(1 - noise / np.maximum(power, np.finfo(float).tiny), 0.0)
+        if not np.where(passed, gain, 0.0).any(axis=-1).all():
+            raise BadInput("No frequency of the curve stands above its noise: count longer, or check that Idev is not too large.")
         return np.where(passed, gain, 0.0) / np.where(passed, self._kernel, 1.0)
 
     def _widths(self, filters: NDArray) -> NDArray:
