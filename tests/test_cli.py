@@ -232,6 +232,31 @@ class TestBadInput:
         names = ("--output", "x.png", "--plot", tmp_path / "x.png", "--overwrite")
         fails("desmear", "curve.dat", "--sigma", 0.03, *names, match="--plot and --output are one file")
 
+    @pytest.mark.parametrize("option", ["--output", "--plot"])
+    def test_what_is_read_is_never_written_to(self, fails, tmp_path, option):
+        own = write(tmp_path / "own.dat", *smeared_curve())
+        figure = write(tmp_path / "own.png", *smeared_curve())
+        profile = write(tmp_path / "beam.png", [0, 0.1, 0.2], [1, 1, 0.5], header="")
+        (tmp_path / "same.png").hardlink_to(figure)
+        before = {path: path.read_bytes() for path in (own, figure, profile)}
+        for name in ("own.png", "./own.png", "same.png"):
+            fails("desmear", "own.png", "--sigma", 0.03, option, name, "--overwrite", match="is what is read.*give another name")
+        fails("desmear", "own.png", "--sigma", 0.03, option, "own.png", match="is what is read")
+        fails("desmear", "own.dat", "--beam-profile", "beam.png", option, "beam.png", "--overwrite", match="is what is read")
+        assert before == {path: path.read_bytes() for path in before}
+
+    @pytest.mark.parametrize("option", ["--output", "--plot"])
+    def test_only_files_are_overwritten(self, fails, tmp_path, option):
+        known = ("desmear", write(tmp_path / "own.dat", *smeared_curve()), "--sigma", 0.03, "--overwrite", option)
+        (tmp_path / "target.png").write_text("kept")
+        (tmp_path / "link.png").symlink_to("target.png")
+        (tmp_path / "lost.png").symlink_to("nothing.png")
+        os.mkfifo(tmp_path / "pipe.png")
+        for name, why in {"link": "is a link", "lost": "is a link", "pipe": "no file that can be replaced"}.items():
+            fails(*known, f"{name}.png", match=why)
+        assert (tmp_path / "link.png").is_symlink()
+        assert (tmp_path / "target.png").read_text() == "kept"
+
     def test_other_commands(self, fails, tmp_path):
         fails("serve", "nothing.yml", match=r"nothing\.yml does not exist")
         fails("train", "nothing", match="nothing")

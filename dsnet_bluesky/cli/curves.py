@@ -69,9 +69,10 @@ def desmear(
     from dsnet_bluesky.desmearing import desmear as desmear_curve
 
     target = output or Path(f"{curve.stem}_desmeared.h5")
-    export.check_target(target, overwrite=overwrite)
+    read = [curve, *([] if beam_profile is None else [beam_profile])]
+    export.check_target(target, overwrite=overwrite, sources=read)
     if plot is not None:
-        _check_figure(plot, target, overwrite)
+        _check_figure(plot, target, overwrite, read)
     options = parse_options(option)
     measured = read_curve(curve, units=q_units, entry=entry, sort=sort)
     smearing = smearing_for(measured, slit_length=slit_length, slit_width=slit_width, sigma=sigma, beam_profile=beam_profile)
@@ -86,7 +87,7 @@ def desmear(
     _report(measured, smearing, result, written)
 
 
-def _check_figure(path: Path, curves: Path, overwrite: bool) -> None:
+def _check_figure(path: Path, curves: Path, overwrite: bool, read: list[Path]) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     from dsnet_bluesky.data import BadInput
@@ -97,7 +98,7 @@ def _check_figure(path: Path, curves: Path, overwrite: bool) -> None:
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in kinds:
         raise BadInput(f"{path.name} is no kind of figure that can be written; end its name in one of {', '.join(kinds)}.")
-    check_target(path, overwrite=overwrite)
+    check_target(path, overwrite=overwrite, sources=read)
 
 
 def _report(measured: xr.Dataset, smearing: Smearing, result: xr.Dataset, written: list[Path]) -> None:

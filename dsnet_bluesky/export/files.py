@@ -116,17 +116,33 @@ def write(
     return path
 
 
-def check_target(path: Path, *, overwrite: bool = False) -> None:
+def check_target(path: Path, *, overwrite: bool = False, sources: Iterable[Path] = ()) -> None:
     """Check that a file can be written, before any work is done for it.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    overwrite
+        Whether an existing file may be replaced.
+    sources
+        Files that are read for it: these are never written to, whatever may be overwritten.
 
     Raises
     ------
     BadInput
-        If the file exists and may not be overwritten, or its folder does not exist
-        or cannot be written to.
+        If the file exists and may not be overwritten, is a link or a device, or is one of the sources, or its folder
+        does not exist or cannot be written to.
     """
     if path.is_dir():
         raise BadInput(f"{path} is a folder; give the name of a file.")
+    for source in sources:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise BadInput(f"{path} is what is read, {source}, and is never written to; give another name.")
+    if path.is_symlink():
+        raise BadInput(f"{path} is a link; give the name of the file that is to be written.")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is a device or the like, no file that can be replaced; give another name.")
     if path.exists() and not overwrite:
         raise BadInput(f"{path} exists; choose another name, or allow it to be overwritten (--overwrite).")
     check_folder(path.parent)
