@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.resources import files
 from pathlib import Path
 
@@ -271,6 +273,31 @@ class TestBadInput:
         assert "Missing option '--purpose'" in dsnet("ingest", "a.edf", "--poni", "a.poni", status=2).stderr
 
 
+@pytest.fixture
+def answering():
+    """Begin a server that answers everything with a page of this status; give its address."""
+    servers = []
+
+    def begin(status):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(b"<html>")
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(server := HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield begin
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 class TestServer:
     def test_ingest_and_register(self, dsnet, served, poni_file, beam_frame, sample_frames):
         fabio = pytest.importorskip("fabio.edfimage")
@@ -305,6 +332,38 @@ class TestServer:
 
     def test_a_wrong_key_is_said(self, fails, served):
         fails("register", "--uri", served.uri, "--api-key", "wrong", match="refuses .*--api-key")
+
+    @pytest.mark.parametrize(
+        "command", [("status",), ("export", "--output", "x.h5"), ("replay",), ("register",), ("compare", "a", "b")]
+    )
+    def test_a_missing_key_is_said(self, fails, served, command):
+        fails(*command, "--uri", served.uri, match="wants an API key; give --api-key, or set TILED_API_KEY")
+
+    def test_a_key_that_cannot_be_one_is_said_and_not_shown(self, fails, served):
+        for key in ("schl\u00fcssel", "two\nlines", "xyz abc"):
+            fails("register", "--uri", served.uri, "--api-key", key, match=f"^(?!.*{key[:3]}).*check --api-key or TILED_API_KEY")
+
+    def test_a_wrong_path_of_the_server_is_said(self, fails, served):
+        server = ("--uri", f"{served.uri}/api/v1/metadata/nowhere", "--api-key", served.api_key)
+        fails("register", *server, match=r"has nothing there \(404\); check the path in --uri")
+
+    @pytest.mark.parametrize(
+        ("status", "why"),
+        [
+            (200, "is no Tiled server; check --uri"),
+            (401, r"refuses the key \(401\); check --api-key"),
+            (403, r"refuses the key \(403\); check --api-key"),
+            (404, r"nothing there \(404\); check the path in --uri"),
+            (500, r"is in trouble \(500\): try again later"),
+            (503, r"is in trouble \(503\): try again later"),
+        ],
+    )
+    def test_servers_that_do_not_serve(self, fails, answering, status, why):
+        fails("register", "--uri", answering(status), "--api-key", "secret", match=why)
+
+    @pytest.mark.parametrize("uri", ["http://127.0.0.1:abc", "http://[::1", "nowhere", "ftp://127.0.0.1"])
+    def test_addresses_that_are_none(self, fails, uri):
+        fails("register", "--uri", uri, "--api-key", "secret", match="is no address of a server .*write --uri as http")
 
     def test_serve_until_interrupted(self, tmp_path):
         environment = {**os.environ, "TILED_SINGLE_USER_API_KEY": "secret"}

@@ -132,17 +132,46 @@ def say(text: str, *, style: str | None = None, stderr: bool = False) -> None:
 
 
 def connect(uri: str, api_key: str | None) -> Any:
-    """Return the client of the root of a server, or raise what a user can act on."""
+    """Return the client of the root of a server, or raise what a user can act on.
+
+    Raises
+    ------
+    BadInput
+        If no Tiled server can be reached there, or it does not let us in.
+    """
     import httpx
     from tiled.client import from_uri
+    from tiled.client.context import CannotPrompt
 
     from dsnet_bluesky.data import BadInput
 
+    # As it goes into a header. Here, because the client's own message would show the key.
+    if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise BadInput("The API key holds a blank or a letter that no key can hold; check --api-key or TILED_API_KEY.")
     try:
         return from_uri(uri, api_key=api_key)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise BadInput(f"{uri} is no address of a server ({error}); write --uri as {LOCAL}.") from error
     except httpx.TransportError as error:
         raise BadInput(
             f"No Tiled server answers at {uri} ({error}); start one with `dsnet-bluesky serve`, or give --uri."
         ) from error
     except httpx.HTTPStatusError as error:
-        raise BadInput(f"The Tiled server at {uri} refuses ({error.response.status_code}); check --api-key.") from error
+        raise BadInput(_refusal(uri, error.response.status_code)) from error
+    except (RuntimeError, CannotPrompt) as error:
+        if api_key:
+            raise
+        raise BadInput(f"The Tiled server at {uri} wants an API key; give --api-key, or set TILED_API_KEY.") from error
+    except (ValueError, LookupError, TypeError) as error:  # an answer that Tiled's client cannot read
+        raise BadInput(f"What answers at {uri} is no Tiled server; check --uri, such as {LOCAL}.") from error
+
+
+def _refusal(uri: str, status: int) -> str:
+    """Say what a server means by a status that is no success."""
+    if status in (401, 403):
+        return f"The Tiled server at {uri} refuses the key ({status}); check --api-key or TILED_API_KEY."
+    if status >= 500:
+        return f"The server at {uri} is in trouble ({status}): try again later, or look at its log."
+    if status == 404:
+        return f"The server at {uri} has nothing there (404); check the path in --uri, such as {LOCAL}."
+    return f"The server at {uri} does not take the request ({status}); check --uri."
