@@ -269,6 +269,10 @@ class TestBadInput:
         fails("register", *nobody, match="No Tiled server answers at http://127.0.0.1:9 .*dsnet-bluesky serve")
         fails("ingest", "a.edf", "--purpose", "sample", "--poni", "a.poni", *nobody, match="No Tiled server answers")
 
+    @pytest.mark.parametrize("words", [("--limit", -1), ("--workers", -1), ("--batch", 0)])
+    def test_replay_takes_no_negative_numbers(self, dsnet, words):
+        assert f"Invalid value for '{words[0]}'" in dsnet("replay", *words, status=2).stderr
+
     def test_typer_names_what_is_missing(self, dsnet):
         assert "Missing option '--purpose'" in dsnet("ingest", "a.edf", "--poni", "a.poni", status=2).stderr
 

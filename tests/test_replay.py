@@ -157,6 +157,9 @@ def test_unusable_input_is_refused_before_anything_is_begun(line):
         replay(line.client, model="dsnet:9.0.0")
     with pytest.raises(BadInput, match="A batch holds at least one run"):
         replay(line.client, config=LAKE, batch=0)
+    for numbers in ({"limit": -1}, {"workers": -1}):
+        with pytest.raises(BadInput, match=r"is -1; give no negative number"):
+            replay(line.client, config=LAKE, **numbers)
     asked = [OfRun(line.sample(direct_beam_uid="any"))]
     with pytest.raises(BadInput, match=r"No scheduler of dask answers at tcp://127\.0\.0\.1:9 .*start one with `dask scheduler`"):
         replay(line.client, config=LAKE, questions=asked, dask="tcp://127.0.0.1:9")

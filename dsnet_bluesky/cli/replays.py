@@ -40,9 +40,11 @@ def replay(
     dask: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Scheduler of dask. [dim]Default: a cluster of this machine[/]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes on this machine. [dim]Default: one for each core[/]")] = None,
-    batch: Annotated[int, typer.Option(help="Runs that a worker does together.")] = 64,
-    limit: Annotated[int | None, typer.Option(help="Do so many runs at most.", show_default=False)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes on this machine. [dim]Default: one for each core[/]", min=0)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Runs that a worker does together.", min=1)] = 64,
+    limit: Annotated[int | None, typer.Option(help="Do so many runs at most.", min=0, show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compute results again that are there, and compare.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do runs again that failed.")] = False,

@@ -173,7 +173,7 @@ def replay(
     Raises
     ------
     BadInput
-        If there is no such model, or no such run.
+        If there is no such model, no such run, or a number is negative.
 
     Notes
     -----
@@ -183,6 +183,9 @@ def replay(
     config.check()  # what cannot work is refused before anything is begun
     if batch < 1:
         raise BadInput(f"A batch holds at least one run, not {batch}.")
+    for name, number in {"limit": limit, "workers": workers}.items():
+        if number is not None and number < 0:
+            raise BadInput(f"{name} is {number}; give no negative number.")
     selection = Selection(client, config, questions, retry_failed=retry_failed)
     summary, begin = Summary(config.method, found=selection.count), time.perf_counter()
     chunks = _chunks(selection, summary, batch=batch, limit=limit, verify=verify)
