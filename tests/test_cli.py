@@ -206,6 +206,10 @@ class TestBadInput:
         fails(*known, "--method", "magic", match="There is no method 'magic'; the methods are .*lake")
         fails(*known, "-o", "magic=1", match="dsnet has no option magic; its options are")
         fails(*known, "-o", "magic", match="NAME=VALUE")
+        for name in ("method", "smearing", "curves"):
+            fails(*known, "-o", f"{name}=1", match=f"dsnet has no option {name}; its options are")
+            fails("replay", "-m", "lake", "-o", f"{name}=1", match=f"lake has no option {name}; its options are")
+            fails("watch", "-m", "icosahedra", "-o", f"{name}=1", match=f"icosahedra has no option {name}; its options are")
         for command in ("replay", "watch", "status"):
             fails(command, "-o", "magic", match="NAME=VALUE")
         for command in ("replay", "watch"):

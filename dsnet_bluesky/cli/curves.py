@@ -67,6 +67,7 @@ def desmear(
     from dsnet_bluesky import export
     from dsnet_bluesky.curvefiles import read_curve, smearing_for
     from dsnet_bluesky.desmearing import desmear as desmear_curve
+    from dsnet_bluesky.desmearing import solver_of
 
     target = output or Path(f"{curve.stem}_desmeared.h5")
     read = [curve, *([] if beam_profile is None else [beam_profile])]
@@ -76,6 +77,7 @@ def desmear(
     options = parse_options(option)
     measured = read_curve(curve, units=q_units, entry=entry, sort=sort)
     smearing = smearing_for(measured, slit_length=slit_length, slit_width=slit_width, sigma=sigma, beam_profile=beam_profile)
+    solver_of(method.partition(":")[0], options)  # before an option takes the name of a parameter of the next function
     result = desmear_curve(measured, smearing, method, **options)
     process = {"source": measured.attrs["file"], "source_entry": measured.attrs["entry"]}
     written = [export.to_nxcansas(result, target, process=process, smearing=smearing, overwrite=overwrite)]
