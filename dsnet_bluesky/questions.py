@@ -48,6 +48,11 @@ class OfRun(Question):
     ----------
     *uids
         Whole uids.
+
+    Raises
+    ------
+    BadInput
+        If none is given, or something else than words.
     """
 
     uids: tuple[str, ...]
@@ -55,6 +60,9 @@ class OfRun(Question):
     def __init__(self, *uids: str) -> None:
         if not uids or not all(uids):
             raise BadInput("Give the uid of a run, or several.")
+        for uid in uids:
+            if not isinstance(uid, str):
+                raise BadInput(f"A uid is a word, not {type(uid).__name__}; give several one after the other: OfRun(a, b).")
         object.__setattr__(self, "uids", uids)
 
     def queries(self) -> list[Any]:

@@ -118,6 +118,12 @@ def test_any_client_may_ask(results):
     assert told(bare) == {1.0, 2.0, 4.0}
 
 
+@pytest.mark.parametrize("uids", [(["run-1", "run-4"],), (("run-1",),), ("run-1", 4)])
+def test_uids_are_words(uids):
+    with pytest.raises(BadInput, match=r"A uid is a word, not (list|tuple|int); .*OfRun\(a, b\)"):
+        OfRun(*uids)
+
+
 @pytest.mark.parametrize("asked", [lambda: Model("dsnet", "new"), lambda: OfRun(), lambda: Between("soon").queries()])
 def test_what_cannot_be_asked_is_explained(asked):
     with pytest.raises(BadInput):
