@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from typing import Any
 
 import httpx
@@ -163,6 +164,49 @@ def test_unusable_input_is_refused_before_anything_is_begun(line):
     asked = [OfRun(line.sample(direct_beam_uid="any"))]
     with pytest.raises(BadInput, match=r"No scheduler of dask answers at tcp://127\.0\.0\.1:9 .*start one with `dask scheduler`"):
         replay(line.client, config=LAKE, questions=asked, dask="tcp://127.0.0.1:9")
+
+
+@pytest.fixture
+def reading_only(monkeypatch):
+    """Let a client's key only read."""
+
+    def change(client, status=403):
+        def refuse(request):
+            if request.method != "GET":
+                raise httpx.HTTPStatusError("planted", request=request, response=httpx.Response(status, request=request))
+
+        hooks = client.context.http_client.event_hooks
+        monkeypatch.setattr(client.context.http_client, "event_hooks", {**hooks, "request": [refuse]})
+        return client
+
+    return change
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_may_only_read_ends_it_at_once(line, uids, reading_only, status):
+    reading_only(line.client, status)
+    begin = time.monotonic()
+    with pytest.raises(BadInput, match=rf"refuses the key \({status}\): it may not write there\. Give one that may"):
+        replay(line.client, config=LAKE, questions=[OfRun(*uids)], workers=0)
+    with pytest.raises(BadInput, match=rf"refuses the key \({status}\): it may not write there\. Give one that may"):
+        desmear_runs(line.client, uids, config=LAKE)
+    assert time.monotonic() - begin < 20
+    assert not any(line.results(uid) for uid in uids)
+
+
+def test_the_commands_say_that_a_key_may_only_read(served, served_line, reading_only, monkeypatch):
+    beam, uid = served_line.beam(), served_line.sample()
+    for module in ("catalog", "replays"):
+        monkeypatch.setattr(f"dsnet_bluesky.cli.{module}.connect", lambda *_: reading_only(served.client()))
+    for words in (
+        ["pair", uid, "--direct-beam", beam, "--method", "lake"],
+        ["replay", "--model", "lake", "--query", f"run={uid}", "--workers", "0"],
+        ["register"],
+    ):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 2, done.output
+        assert "Error: The catalog refuses the key (403): it may not write there." in done.stderr
+        assert done.stdout == ""
 
 
 def test_a_cluster_of_its_own_listens_on_this_machine_only(line):

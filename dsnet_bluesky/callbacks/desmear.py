@@ -25,7 +25,7 @@ from dsnet_bluesky.pipeline import Config
 
 from .exposures import ExposureRouter, exposures_of_documents
 from .pairing import DirectBeams
-from .sample_runs import BATCH, CATALOG_AWAY, SampleRuns, Statistics
+from .sample_runs import BATCH, CATALOG_AWAY, SampleRuns, Statistics, key_refused
 from .worker import Deferred, Worker
 
 __all__ = ["DesmearCallback", "desmear_runs"]
@@ -43,6 +43,9 @@ RETRY_INTERVAL = 10.0
 
 SILENCE = 30.0
 """Seconds without an exposure of a run after which the catalog is asked whether it has ended: a network loses stop documents."""
+
+REFUSED_AFTER = 0.2
+"""Seconds between two looks whether the catalog refuses the key of `desmear_runs`."""
 
 EXIT_TIMEOUT = 20.0
 """Seconds for which a script that ends waits for what is still to do."""
@@ -115,6 +118,7 @@ class DesmearCallback:
         self._put_off: dict[str, str] = {}
         self._ended: deque[str] = deque()
         self._later: dict[tuple[str, str], Deferred] = {}
+        self._refused: BadInput | None = None
         # Of the worker's thread alone: when the runs whose stop has not come were last heard of.
         self._heard: dict[str, float] = {}
         self._worker = Worker(self._handle, self._catch_up, self._settled, size=queue_size, name="desmear")
@@ -142,6 +146,11 @@ class DesmearCallback:
             self._open.pop(doc["run_start"], None)
             if doc["run_start"] in self._put_off:
                 self._ended.append(doc["run_start"])
+
+    @property
+    def refused(self) -> BadInput | None:
+        """Why the catalog does not let this process write, if that was its last answer."""
+        return self._refused
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything handed in so far is desmeared and stored; False when the time is over."""
@@ -238,6 +247,7 @@ class DesmearCallback:
             self._later.setdefault(("run", run_uid), Deferred())
 
     def _put_run_off(self, run_uid: str, error: Exception) -> None:
+        self._refused = key_refused(error)
         what = "A file was not there yet" if isinstance(error, NotYet) else "The catalog did not answer"
         logger.warning("%s (%s); run %s is put off.", what, error, run_uid)
         self._put_off[run_uid] = f"{what}."
@@ -284,9 +294,15 @@ class DesmearCallback:
     def _attempt(self, what: str, run_uid: str, *, patient: bool) -> bool:
         """Do something with a run of the catalog; False if it is worth another attempt."""
         try:
-            return self._from_catalog(run_uid, patient=patient) if what == "run" else self._register(run_uid)
+            if what != "run":
+                return self._register(run_uid)
+            done = self._from_catalog(run_uid, patient=patient)
+            self._refused = None
+            return done
         except (KeyError, *CATALOG_AWAY) as error:
             # The run may still be on its way into the catalog, or the catalog away.
+            if what == "run":  # what is served of it may be for others to register
+                self._refused = key_refused(error)
             logger.debug("Run %s cannot be had from the catalog yet (%r).", run_uid, error)
             return False
         except BadInput as error:
@@ -377,7 +393,8 @@ def desmear_runs(
     Raises
     ------
     BadInput
-        If runs have not ended, or were cut off, in the catalog; all others are done.
+        If the catalog does not let the key write; or if runs have not ended, or were cut off, in the catalog, and all
+        others are done.
     """
     callback = DesmearCallback(
         client, config=config, direct_beam=direct_beam, retry_interval=retry_interval, replace_failed=True, overflow="block"
@@ -391,9 +408,12 @@ def desmear_runs(
                 continue
             for name, doc in run.documents():
                 callback(name, doc)
-            callback.wait()  # one run at a time: what was put off is tried before the next
+            # One run at a time: what was put off is tried before the next, unless trying again is of no use.
+            while not callback.wait(REFUSED_AFTER):
+                if callback.refused is not None:
+                    raise callback.refused
     finally:
-        callback.close()
+        callback.close(0.0 if callback.refused is not None else 60.0)
     if growing:
         raise BadInput(
             f"The catalog does not hold these runs to their end: {', '.join(growing)}. Desmear them when they have ended."

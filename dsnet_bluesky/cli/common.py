@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,8 +48,22 @@ class Commands(TyperGroup):
 
             if not isinstance(error, BadInput):
                 raise
-            say(f"Error: {' '.join(str(error).split())}", style="bold red", stderr=True)
-            raise typer.Exit(2) from None
+            raise _ended(error) from None
+        except Exception as error:
+            if "httpx" not in sys.modules:  # then no server was asked
+                raise
+            from dsnet_bluesky.callbacks.sample_runs import key_refused
+
+            refusal = key_refused(error)
+            if refusal is None:
+                raise
+            raise _ended(refusal) from None
+
+
+def _ended(error: ValueError) -> typer.Exit:
+    """Say what is wrong, in one line; what ends the command."""
+    say(f"Error: {' '.join(str(error).split())}", style="bold red", stderr=True)
+    return typer.Exit(2)
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from dsnet_bluesky.callbacks.sample_runs import CATALOG_AWAY
+from dsnet_bluesky.callbacks.sample_runs import CATALOG_AWAY, key_refused
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.pipeline import Config
 from dsnet_bluesky.questions import Question
@@ -173,7 +173,7 @@ def replay(
     Raises
     ------
     BadInput
-        If there is no such model, no such run, or a number is negative.
+        If there is no such model, no such run, a number is negative, or the catalog does not let the key write.
 
     Notes
     -----
@@ -247,6 +247,8 @@ def _run(begin: Callable[[], _Pool], chunks: Iterator[list[str]], summary: Summa
                 pool.submit(chunk)
                 pending += 1
         except CATALOG_AWAY as error:  # while looking for more
+            if refusal := key_refused(error):
+                raise refusal from error
             summary.interrupted = summary.interrupted or f"The catalog does not answer ({error})."
         if pool is None or not pending:
             return
@@ -255,6 +257,8 @@ def _run(begin: Callable[[], _Pool], chunks: Iterator[list[str]], summary: Summa
         if isinstance(found, Done):
             patience.reset()
             summary.add(found)
+        elif refusal := key_refused(found):
+            raise refusal from found
         elif isinstance(found, CATALOG_AWAY):
             if patience.wait():
                 again.append(uids)
