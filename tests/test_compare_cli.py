@@ -102,7 +102,11 @@ def test_a_report_is_written_and_replaced(run, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"report.html", "pairs.csv", "changed.png"}
     assert not any("partial" in name for name in names)
-    assert len((tmp_path / "out" / "pairs.csv").read_text().splitlines()) == 2
+    headings, row = (line.split(",") for line in (tmp_path / "out" / "pairs.csv").read_text().splitlines())
+    assert dict(zip(headings, row, strict=True))["exposure"] == "1", "counted from 1, as export does"
+    page = (tmp_path / "out" / "report.html").read_text()
+    table = page[page.index("Runs that changed most") :]
+    assert re.search(r"<td[^>]*>compared-\d</td>\s*<td[^>]*>1</td>", table), table[:2000]
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,11 @@ def failed_result(client, uid, reason="No finite answer.", **changes):
     ResultWriter.create(client, str(uuid.uuid4()), metadata).fail(reason)
 
 
+def test_words_count_exposures_from_1():
+    assert Failure("a", "AgBh", 0, "No.").where == "run a exposure 1"
+    assert Failure("a", "AgBh", None, "No.").where == "run a"
+
+
 def test_a_new_failure_fails_and_is_named(client, runs):
     failed_result(client, runs[0], "No finite answer for <b>this</b>.")
     found = compare(client, "dsnet:2.0.0", "dsnet:3.0.0")

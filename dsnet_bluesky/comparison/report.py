@@ -84,7 +84,8 @@ def write(found: Comparison, verdict: Verdict, directory: Path) -> list[Path]:
     pictures = _pictures(found)
     page = _page(found, verdict, pictures)
     written = {f"{name}.png": content for name, content in pictures.items()}
-    written["pairs.csv"] = found.exposures.to_csv(index=False, lineterminator="\n").encode()
+    rows = found.exposures.assign(exposure=found.exposures["exposure"] + 1)  # as the page counts
+    written["pairs.csv"] = rows.to_csv(index=False, lineterminator="\n").encode()
     written["report.html"] = page.encode()
     for name, content in written.items():
         with replacing(directory / name) as partial:
@@ -163,7 +164,7 @@ def _counts(found: Comparison) -> dict[str, int]:
 
 
 def _failure_rows(failures: list[Any], uid: int | None) -> list[list[str]]:
-    rows = [[f.sample, f.raw_uid[:uid], "all" if f.exposure is None else f.exposure, f.reason] for f in failures[:LISTED]]
+    rows = [[f.sample, f.raw_uid[:uid], "all" if f.exposure is None else f.exposure + 1, f.reason] for f in failures[:LISTED]]
     if len(failures) > LISTED:
         rows.append([f"and {len(failures) - LISTED} more", "", "", ""])
     return _listed(["sample", "run", "exposure", "reason"], rows)
@@ -214,7 +215,7 @@ def _changed_rows(found: Comparison, uid: int | None) -> list[list[str]]:
         [
             row["sample"],
             row["raw_uid"][:uid],
-            row["exposure"],
+            row["exposure"] + 1,  # as `export --exposure` counts
             row["d_rms"],
             f"{row['d_largest']:.3g} at {row['d_largest_q']:.3g}/nm",
             f"{row['chi2_a']:.3g} to {row['chi2_b']:.3g}",

@@ -39,7 +39,7 @@ class Failure:
     Attributes
     ----------
     raw_uid, sample, exposure, reason
-        `exposure` is None for a run as a whole.
+        `exposure`, from 0, is None for a run as a whole.
     """
 
     raw_uid: str
@@ -49,8 +49,8 @@ class Failure:
 
     @property
     def where(self) -> str:
-        """The run, and the exposure, in words."""
-        return f"run {self.raw_uid}" + ("" if self.exposure is None else f" exposure {self.exposure}")
+        """The run, and the exposure, in words, which count from 1."""
+        return f"run {self.raw_uid}" + ("" if self.exposure is None else f" exposure {self.exposure + 1}")
 
 
 @dataclass(frozen=True)
