@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import time
 from typing import Any
 
@@ -10,16 +11,19 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client, LocalCluster, Worker
+from tiled.client.utils import ClientError
 from tiled.queries import Key
 from typer.testing import CliRunner
 
 from dsnet_bluesky.callbacks.desmear import desmear_runs
+from dsnet_bluesky.callbacks.sample_runs import KeyRefused, key_refused
 from dsnet_bluesky.cli import app
 from dsnet_bluesky.data import BadInput
 from dsnet_bluesky.derived import ResultWriter
 from dsnet_bluesky.pipeline import Config
 from dsnet_bluesky.questions import Between, OfRun, Quality, Sample
-from dsnet_bluesky.replay import replay, service
+from dsnet_bluesky.replay import batches, replay, service
+from dsnet_bluesky.replay.batches import Server, Work
 from dsnet_bluesky.replay.service import _Cluster, _pool
 from dsnet_bluesky.replay.unprofiled import Unprofiled
 
@@ -192,6 +196,23 @@ def test_a_key_that_may_only_read_ends_it_at_once(line, uids, reading_only, stat
         desmear_runs(line.client, uids, config=LAKE)
     assert time.monotonic() - begin < 20
     assert not any(line.results(uid) for uid in uids)
+
+
+def test_that_a_key_may_only_read_comes_back_from_a_worker(monkeypatch):
+    """What Tiled's client raises cannot be pickled."""
+
+    class Refused:
+        def do(self, uids):
+            request = httpx.Request("POST", "http://127.0.0.1/")
+            raise ClientError("planted", request, httpx.Response(403, request=request))
+
+        check = do
+
+    monkeypatch.setattr("dsnet_bluesky.replay.batches._batches", lambda work: Refused())
+    for function in (batches.do, batches.check):
+        with pytest.raises(KeyRefused) as caught:
+            function(Work(Server("http://127.0.0.1", "key"), LAKE, False), ["any"])
+        assert key_refused(pickle.loads(pickle.dumps(caught.value))) is not None
 
 
 def test_the_commands_say_that_a_key_may_only_read(served, served_line, reading_only, monkeypatch):

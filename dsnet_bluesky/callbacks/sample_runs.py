@@ -30,7 +30,7 @@ from dsnet_bluesky.pipeline import Config, PreparedExposures
 
 from .pairing import DirectBeams, NoDirectBeam, Pairing, summed
 
-__all__ = ["BATCH", "CATALOG_AWAY", "SampleRuns", "Statistics", "key_refused", "reduced"]
+__all__ = ["BATCH", "CATALOG_AWAY", "KeyRefused", "SampleRuns", "Statistics", "key_refused", "reduced"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,18 @@ CATALOG_AWAY = (httpx.TransportError, httpx.HTTPStatusError, ConnectionError)
 """What a client raises when its server does not answer, or cannot take what it is given."""
 
 
-def key_refused(error: BaseException | None) -> BadInput | None:
+class KeyRefused(BadInput):
+    """The catalog refuses the key; unlike what Tiled's client raises, it comes back from another process."""
+
+
+def key_refused(error: BaseException | None) -> KeyRefused | None:
     """Say what to do about a catalog that refuses the key, which waiting does not help; None if an error is something else."""
+    if isinstance(error, KeyRefused):
+        return error
     status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
     if status not in (401, 403):
         return None
-    return BadInput(
+    return KeyRefused(
         f"The catalog refuses the key ({status}): it may not write there. Give one that may write, by --api-key or TILED_API_KEY."
     )
 

@@ -24,7 +24,7 @@ from tiled.queries import KeysFilter
 from dsnet_bluesky.callbacks.desmear import MAX_BEAM_AGE
 from dsnet_bluesky.callbacks.exposures import exposures_of_documents
 from dsnet_bluesky.callbacks.pairing import DirectBeams, Pairing
-from dsnet_bluesky.callbacks.sample_runs import BATCH, CATALOG_AWAY, SampleRuns, reduced
+from dsnet_bluesky.callbacks.sample_runs import BATCH, CATALOG_AWAY, SampleRuns, key_refused, reduced
 from dsnet_bluesky.data import BadInput, concat_exposures
 from dsnet_bluesky.derived import Finished, LostClaim, RawFrames, access_tags_of, lookup, mount, raw_frames_of, store_together
 from dsnet_bluesky.documents import Exposure, Instrument
@@ -299,9 +299,20 @@ def _batches(work: Work) -> Batches:
 
 def do(work: Work, uids: Sequence[str]) -> Done:
     """Do a batch in a worker's process; see `Batches.do`."""
-    return _batches(work).do(uids)
+    with _returnable():
+        return _batches(work).do(uids)
 
 
 def check(work: Work, uids: Sequence[str]) -> Done:
     """Check a batch in a worker's process; see `Batches.check`."""
-    return _batches(work).check(uids)
+    with _returnable():
+        return _batches(work).check(uids)
+
+
+@contextmanager
+def _returnable() -> Iterator[None]:
+    """Turn what Tiled's client raises where a key is refused, and what cannot be pickled, into what can."""
+    try:
+        yield
+    except CATALOG_AWAY as error:
+        raise key_refused(error) or error from None
