@@ -79,6 +79,22 @@ def write(path, *arrays, header="q (1/nm) I dI\n"):
     return path
 
 
+def stack(path, *, factors, errors=1):
+    """NXcanSAS of one curve in several exposures, each multiplied."""
+    q, I, dI = smeared_curve()
+    with h5py.File(path, "w") as file:
+        entry = file.create_group("entry")
+        entry.attrs["canSAS_class"] = "SASentry"
+        data = entry.create_group("data")
+        data.attrs.update(canSAS_class="SASdata", signal="I", I_axes="Time,Q", Q_indices=[1])
+        columns = {"Q": q, "I": np.outer(factors, I), "Idev": np.tile(errors * dI, (len(factors), 1))}
+        for name, values in columns.items():
+            data[name] = values
+            data[name].attrs["units"] = "1/nm" if name == "Q" else "1/cm"
+        data["I"].attrs["uncertainties"] = "Idev"
+    return path
+
+
 class TestStart:
     def test_help_names_every_command(self, dsnet):
         text = dsnet("--help").output
@@ -166,6 +182,13 @@ class TestDesmear:
         q, I, dI = smeared_curve()
         write(tmp_path / "sphere.dat", q, I, 20 * dI)
         assert "chi2 is far below 1" in dsnet("desmear", "sphere.dat", "--sigma", 0.03).stdout
+
+    def test_exposures_that_fail_are_named(self, dsnet, tmp_path):
+        stack(tmp_path / "stack.h5", factors=(1, -1, 1), errors=20)
+        done = dsnet("desmear", "stack.h5", "--sigma", 0.03, "-m", "lake")
+        assert re.search(r"chi2 +0\.\d+, failed, 0\.\d+", done.stdout)
+        assert re.search(r"note +exposure 2 failed: .*positive", done.stdout)
+        assert "chi2 is far below 1" in done.stdout, "by the exposures that have one"
 
     def test_sorting_and_overwriting(self, dsnet, fails, tmp_path):
         q, I, dI = (a[::-1] for a in smeared_curve())

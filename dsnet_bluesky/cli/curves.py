@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,7 +115,7 @@ def _report(measured: xr.Dataset, smearing: Smearing, result: xr.Dataset, writte
         ("q", f"{q.size} points, {q[0]:.4g} to {q[-1]:.4g} 1/nm (unit of the file: {units})"),
         ("smearing", _smearing_words(smearing)),
         ("method", _method_words(result)),
-        ("chi2", ", ".join(f"{value:.3g}" for value in chi2)),
+        ("chi2", ", ".join(f"{value:.3g}" if math.isfinite(value) else "failed" for value in chi2)),
         *(("note", note) for note in _notes(measured, result, chi2)),
         *(("written", path) for path in written),
     ]
@@ -144,6 +145,8 @@ def _notes(measured: xr.Dataset, result: xr.Dataset, chi2: list[float]) -> list[
     for value in result["flags"].values.ravel():
         raised |= int(value)
     notes += [FLAG_WORDS[str(flag.name)] for flag in Flag if raised & flag]
-    if max(chi2) < OVERFIT:
+    failures = json.loads(result.attrs.get("failures", "[]"))
+    notes += [f"exposure {failure['exposure'] + 1} failed: {failure['reason']}" for failure in failures]
+    if max(filter(math.isfinite, chi2), default=math.inf) < OVERFIT:
         notes.append("chi2 is far below 1: dI is probably too large, and the error bars of the result with it")
     return notes
