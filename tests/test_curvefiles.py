@@ -113,6 +113,78 @@ class TestText:
         path.write_text(f"a title\n2 numbers 3\n7 8 9 10\n1 2\n# -0.1 3 4\n{body}\n\nend of file\n<xml/>\n")
         assert_allclose(read_curve(path)["q"], 10 * q, rtol=1e-7)
 
+    @pytest.mark.parametrize(
+        ("line", "dropped"),
+        [
+            ("# second detector", 0),
+            ("#", 0),
+            ("", 0),
+            ("-----", 0),
+            ("0.0805 N/A 0.01", 1),
+            ("0.0805 --- 0.01", 1),
+            ("0.0805 -1.#IND 0.01", 1),
+            ("0.0805 BAD 0.01", 1),
+            ("0.0805 5.0", 1),
+            ("N/A", 1),
+        ],
+    )
+    @pytest.mark.parametrize("separator", [" ", ","])
+    def test_no_line_cuts_a_table_in_silence(self, text, line, dropped, separator):
+        q, I, dI, _ = columns(200)
+        path = text(q, I, dI, separator=separator)
+        rows = path.read_text().splitlines()
+        path.write_text("\n".join([*rows[:80], line.replace(" ", separator) if dropped else line, *rows[80:]]))
+        dataset = read_curve(path)
+        assert_allclose(dataset["q"], 10 * q, rtol=1e-7)
+        assert dataset.attrs["dropped_points"] == dropped
+
+    @pytest.mark.parametrize("separator", [",", ";"])
+    @pytest.mark.parametrize("column", [1, 2])
+    def test_empty_cells_are_dropped_and_counted(self, text, separator, column):
+        path = text(*columns(200)[:3], separator=separator)
+        rows = [line.split(separator) for line in path.read_text().splitlines()]
+        for row in rows[::7]:
+            row[column] = ""
+        path.write_text("\n".join(separator.join(row) for row in rows))
+        dataset = read_curve(path)
+        assert (dataset.sizes["q"], dataset.attrs["dropped_points"]) == (171, 29)
+
+    @pytest.mark.parametrize("where", [0, 199])
+    def test_a_short_row_at_an_end_is_counted(self, text, where):
+        path = text(*columns(200)[:3])
+        rows = path.read_text().splitlines()
+        rows[where] = rows[where].rpartition(" ")[0]
+        path.write_text("\n".join(rows))
+        assert read_curve(path).attrs["dropped_points"] == 1
+
+    def test_empty_columns_are_no_columns(self, text):
+        q, I, dI, dQ = columns()
+        path = text(q, I, dI)
+        path.write_text("".join(f"{line},,\n" for line in text(q, I, dI, separator=",").read_text().splitlines()))
+        dataset = read_curve(path)
+        assert (dataset.sizes["q"], "Qdev" in dataset, "Idev_estimated" in dataset.attrs) == (20, False, False)
+        path.write_text("".join(f"{a},{b},,{c}\n" for a, b, c in zip(q, I, dQ, strict=True)))
+        assert_allclose(read_curve(path)["Qdev"], 10 * dQ)
+        assert "Idev_estimated" in read_curve(path).attrs
+
+    @pytest.mark.parametrize("line", ["second curve, at 20 degrees", "q I dI dQ extra", "0.0805 5 0.01 3 4"])
+    def test_rows_outside_the_table_are_refused(self, text, line):
+        path = text(*columns(200)[:3])
+        rows = path.read_text().splitlines()
+        path.write_text("\n".join([*rows[:80], line, *rows[80:]]))
+        with pytest.raises(BadInput, match=r"from line 82 to line 201, and (80|81) rows of numbers stand outside it, .* line 1 "):
+            read_curve(path)
+        path.write_text("\n".join([*rows[:120], line, *rows[120:]]))
+        with pytest.raises(BadInput, match=r"from line 1 to line 120, and (80|81) rows .* line 12[12] "):
+            read_curve(path)
+
+    def test_decimal_commas_are_refused(self, text):
+        for separator in (" ", ";"):
+            path = text(*columns()[:3], separator=separator)
+            path.write_text(path.read_text().replace(".", ","))
+            with pytest.raises(BadInput, match="with decimal points"):
+                read_curve(path)
+
     def test_other_encodings_and_line_ends(self, tmp_path):
         q, I, dI, _ = columns()
         body = "\r".join(f"{a:.8g} {b:.8g} {c:.8g}" for a, b, c in zip(q, I, dI, strict=True))

@@ -22,7 +22,8 @@ from dsnet_bluesky.smearing import Smearing
 
 from .cansas import read_nxcansas, read_xml
 from .columns import Floats, to_curve
-from .text import decode, find_table, read_text
+from .table import find_table
+from .text import decode, read_text
 from .units import per_nm, units_in
 
 __all__ = ["read_curve", "read_profile", "smearing_for"]
@@ -53,7 +54,8 @@ def read_curve(path: str | Path, *, units: str | None = None, entry: str | int |
         A curve (`dsnet_bluesky.data.curve`) with q in 1/nm, and `Qdev`, `dQl`, `dQw`
         (q) in 1/nm where the file has them. Attributes: `title`, `sample`, `file`,
         `entry`, `q_units` (of the file), `q_units_from` (option, file or assumed),
-        `dropped_points` (rows with NaN or infinity, or Idev <= 0), `Idev_estimated` if dI was missing.
+        `dropped_points` (rows with NaN, infinity or a missing field, or Idev <= 0), `Idev_estimated`
+        if dI was missing.
 
     Raises
     ------

@@ -10,6 +10,7 @@ import numpy as np
 from dsnet_bluesky.data import BadInput
 
 from .columns import Columns, Floats, choose, present
+from .table import find_table
 from .units import per_nm, units_in
 
 HEADING = re.compile(r"\W*[qQ]\b.*\bI(nt\w*)?\b")
@@ -25,7 +26,7 @@ def read_text(path: Path, entry: str | int | None) -> Columns:
     header, table = find_table(decode(path))
     # Anton Paar's .pdh has no room for a unit: it is 1/nm by definition.
     q_units = "1/nm" if path.suffix.lower() == ".pdh" else _units_of_q(header)
-    columns = dict(zip(("q", "I", "Idev", "Qdev"), table.T, strict=False))
+    columns = {name: _filled(column) for name, column in zip(("q", "I", "Idev", "Qdev"), table.T, strict=False)}
     per_cm = re.search(r"1/cm|cm\s*\^?\{?[-\u2212]1", header)
     return Columns(
         columns["q"],
@@ -37,6 +38,11 @@ def read_text(path: Path, entry: str | int | None) -> Columns:
         title=path.stem,
         entry=path.stem,
     )
+
+
+def _filled(column: Floats) -> Floats:
+    """Return a column; zeros, which stand for none, where it is empty in every row."""
+    return np.zeros_like(column) if np.isnan(column).all() else column
 
 
 def _units_of_q(header: str) -> str | None:
@@ -75,51 +81,3 @@ def decode(path: Path) -> str:
         except UnicodeDecodeError:
             continue
     raise AssertionError("latin-1 decodes every byte")
-
-
-def find_table(text: str) -> tuple[str, Floats]:
-    """Find the longest block of rows of numbers.
-
-    Returns
-    -------
-    header
-        The lines before it.
-    table : ndarray
-        The numbers, shape (n, columns).
-
-    Raises
-    ------
-    BadInput
-        If no block has 5 rows.
-    """
-    best: list[list[float]] = []
-    block: list[list[float]] = []
-    start = best_start = 0
-    lines = text.splitlines()
-    for number, line in enumerate(lines):
-        row = _numbers(line)
-        if row is None and not line.strip():
-            continue
-        if row is None or (block and len(row) != len(block[0])):
-            block = []
-        if row is not None:
-            start = number if not block else start
-            block.append(row)
-        if len(block) > len(best):
-            best, best_start = block, start
-    if len(best) < 5:
-        raise BadInput(
-            "no curve found: at least 5 rows of numbers in the columns Q I [dI [dQ]] are needed, "
-            f"the longest block has {len(best)}."
-        )
-    return "\n".join(lines[:best_start]), np.array(best)
-
-
-def _numbers(line: str) -> list[float] | None:
-    """Return the two or more numbers of a row, None for any other line."""
-    words = [word for word in re.split(r"[\s,;]+", line.strip()) if word]
-    try:
-        numbers = [float(word) for word in words]
-    except ValueError:
-        return None
-    return numbers if len(numbers) >= 2 else None
