@@ -178,6 +178,42 @@ class TestText:
         with pytest.raises(BadInput, match=r"from line 1 to line 120, and (80|81) rows .* line 12[12] "):
             read_curve(path)
 
+    @pytest.mark.parametrize(
+        ("heading", "order", "separator"),
+        [
+            (",q,I,dI", "nqIe", ","),
+            ('"";"Q";"Intensity";"Error";"dQ"', "nqIed", ";"),
+            ("# q (1/angstrom)  I (1/cm)  dI (1/cm)  dQ (1/angstrom)", "qIed", " "),
+            ("#I q sigma_q sigma", "Iqde", " "),
+            ("q[1/A] I(Q) dQ I_err n\n------", "qIden", " "),
+            ("<X> <Y> <Z>", "qIe", " "),
+            ("no names here", "qIe", " "),
+            ("Q(1/A),Int.,Idev,Qdev,", "qIedn", ","),
+            ("q I Int_err Qerr meanQ shadow", "qIednn", " "),
+        ],
+    )
+    def test_names_of_columns_come_before_their_places(self, text, heading, order, separator):
+        q, I, dI, dQ = columns()
+        arrays = {"n": np.arange(20), "q": q, "I": I, "e": dI, "d": dQ}
+        dataset = read_curve(text(*(arrays[sign] for sign in order), header=heading + "\n", separator=separator))
+        assert_allclose(dataset["q"], 10 * q, rtol=1e-7)
+        assert_allclose(dataset["I"], I, rtol=1e-7)
+        assert_allclose(dataset["Idev"], dI)
+        assert ("Qdev" in dataset) == ("d" in order)
+        if "d" in order:
+            assert_allclose(dataset["Qdev"], 10 * dQ, rtol=1e-7)
+
+    def test_a_column_of_another_name_is_left_out(self, text):
+        q, I, dI, _ = columns()
+        dataset = read_curve(text(q, I, dI, np.full(20, 0.1), np.arange(20), header="q I dI dQl T\n"))
+        assert_allclose(dataset["dQl"], 1)
+        assert "Qdev" not in read_curve(text(q, I, dI, q, header="q I dI fit\n"))
+
+    @pytest.mark.parametrize("heading", [",q,value,err", ",angle,I,err"])
+    def test_names_that_do_not_tell_where_q_and_I_are(self, text, heading):
+        with pytest.raises(BadInput, match="does not name both q and I"):
+            read_curve(text(np.arange(20), *columns()[:3], header=heading + "\n", separator=","))
+
     def test_decimal_commas_are_refused(self, text):
         for separator in (" ", ";"):
             path = text(*columns()[:3], separator=separator)

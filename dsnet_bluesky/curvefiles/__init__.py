@@ -38,8 +38,8 @@ def read_curve(path: str | Path, *, units: str | None = None, entry: str | int |
     ----------
     path
         canSAS XML, NXcanSAS (HDF5), or text with the columns Q I [dI [dQ]] and any
-        lines of words around them. A negative fourth column is the half-length
-        of a slit, as in NIST's .ABS files.
+        lines of words around them; a heading with a name for each column tells others.
+        A negative dQ is the half-length of a slit, as in NIST's .ABS files.
     units
         Unit of q, "1/nm" or "1/angstrom"; overrides what the file says. Without
         it, and without a word in the file, text is taken as 1/angstrom.

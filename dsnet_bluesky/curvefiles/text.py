@@ -9,7 +9,8 @@ import numpy as np
 
 from dsnet_bluesky.data import BadInput
 
-from .columns import Columns, Floats, choose, present
+from .columns import RESOLUTIONS, Columns, Floats, choose, present
+from .heading import columns_named
 from .table import find_table
 from .units import per_nm, units_in
 
@@ -26,13 +27,13 @@ def read_text(path: Path, entry: str | int | None) -> Columns:
     header, table = find_table(decode(path))
     # Anton Paar's .pdh has no room for a unit: it is 1/nm by definition.
     q_units = "1/nm" if path.suffix.lower() == ".pdh" else _units_of_q(header)
-    columns = {name: _filled(column) for name, column in zip(("q", "I", "Idev", "Qdev"), table.T, strict=False)}
+    columns = _columns_of(header, table)
     per_cm = re.search(r"1/cm|cm\s*\^?\{?[-\u2212]1", header)
     return Columns(
         columns["q"],
         columns["I"],
         present(columns.get("Idev")),
-        _text_resolution(present(columns.get("Qdev"))) | _slit_of(header, columns["q"].size, q_units),
+        _text_resolution(columns) | _slit_of(header, columns["q"].size, q_units),
         q_units=q_units,
         I_units="1/cm" if per_cm else "1",
         title=path.stem,
@@ -40,9 +41,12 @@ def read_text(path: Path, entry: str | int | None) -> Columns:
     )
 
 
-def _filled(column: Floats) -> Floats:
-    """Return a column; zeros, which stand for none, where it is empty in every row."""
-    return np.zeros_like(column) if np.isnan(column).all() else column
+def _columns_of(header: str, table: Floats) -> dict[str, Floats]:
+    """Tell the columns by their names, which know of an index before q, or else by their places."""
+    places = columns_named(header, table.shape[1]) or dict(zip(("q", "I", "Idev", "Qdev"), range(table.shape[1]), strict=False))
+    columns = {name: table[:, place] for name, place in places.items()}
+    # Zeros stand for no column, as does one that is empty in every row.
+    return {name: np.zeros_like(column) if np.isnan(column).all() else column for name, column in columns.items()}
 
 
 def _units_of_q(header: str) -> str | None:
@@ -51,10 +55,12 @@ def _units_of_q(header: str) -> str | None:
     return (units_in(headings[-1]) if headings else None) or units_in(header)
 
 
-def _text_resolution(column: Floats | None) -> dict[str, Floats]:
-    if column is None:
-        return {}
-    return {"dQl": -column} if (column[np.isfinite(column)] < 0).all() else {"Qdev": column}
+def _text_resolution(columns: dict[str, Floats]) -> dict[str, Floats]:
+    found = {name: column for name in RESOLUTIONS if (column := present(columns.get(name))) is not None}
+    spread = found.get("Qdev")
+    if spread is not None and (spread[np.isfinite(spread)] < 0).all():
+        found["dQl"] = -found.pop("Qdev")
+    return found
 
 
 def _slit_of(header: str, points: int, q_units: str | None) -> dict[str, Floats]:
