@@ -95,6 +95,45 @@ class TestText:
         with pytest.raises(BadInput, match="names both"):
             read_curve(text(q, I, dI, header="q in 1/nm\nfirst at q = 0.1 1/A\n"))
 
+    @pytest.mark.parametrize(
+        ("header", "source"),
+        [
+            ("# Silica 20 nm -1 wt%\nQ I dI\n", "assumed"),
+            ("FILE: AU_20nm-1.SA1\nQ I dI\n", "assumed"),
+            ("# Sample A-1\n", "assumed"),
+        ],
+    )
+    def test_words_above_the_heading_tell_no_unit(self, text, header, source):
+        q, I, dI, _ = columns()
+        dataset = read_curve(text(q, I, dI, header=header))
+        assert_allclose(dataset["q"], 10 * q, rtol=1e-7)
+        assert dataset.attrs["q_units_from"] == source
+
+    @pytest.mark.parametrize(
+        ("heading", "unit"),
+        [
+            ("q (deg), I, dI", "deg"),
+            ("# q [deg]  I  dI", "deg"),
+            ("q in Angstrom, I, dI", "Angstrom"),
+            ("2th_deg I dI", "2th_deg"),
+            ("2theta,I,dI", "2theta"),
+            ("q/px I dI", "px"),
+        ],
+    )
+    def test_a_unit_that_is_not_understood_is_not_assumed_to_be_another(self, text, heading, unit):
+        q, I, dI, _ = columns()
+        path = text(q, I, dI, header=heading + "\n", separator="," if "," in heading else " ")
+        with pytest.raises(BadInput, match=rf"the unit of q, '{unit}', is not understood.*--q-units"):
+            read_curve(path)
+        assert_allclose(read_curve(path, units="1/nm")["q"], q, rtol=1e-7)
+
+    @pytest.mark.parametrize("heading", ["q (um^-1)  I  dI", "q um^-1 I dI", "q_um^-1 I dI", "q [1/um],I,dI", "q in um-1, I"])
+    def test_any_inverse_length_is_converted(self, text, heading):
+        q, I, dI, _ = columns()
+        dataset = read_curve(text(q, I, dI, header=heading + "\n"))
+        assert_allclose(dataset["q"], q / 1000, rtol=1e-7)
+        assert dataset.attrs["q_units_from"] == "file"
+
     def test_the_option_overrides_the_header(self, text):
         q, I, dI, _ = columns()
         dataset = read_curve(text(q, I, dI, header="q (1/A)\n"), units="1/nm")
@@ -526,6 +565,45 @@ def test_units_of_q(units, factor):
 def test_units_of_intensity():
     assert intensity_units("1/cm") == "1/cm"
     assert intensity_units("Counts") == intensity_units(None) == intensity_units("a.u.") == "1"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Silica 20 nm -1 wt% , q in Angstrom, I, dI",
+        "FILE: AU_20nm-1.SA1",
+        "FILE: AU_20_nm-1.SA1",
+        "# Sample A-1",
+        "a shift of 5  nm -1 pixel",
+        "Sample BA-1",
+        "version 2.1/nm",
+    ],
+)
+def test_words_with_a_unit_that_is_not_of_q(words):
+    assert units_in(words) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "unit"),
+    [
+        ("q nm-1 I", "1/nm"),
+        ("nm-1 cm-1 cm-1", "1/nm"),
+        ("q_nm-1", "1/nm"),
+        ("q [nm -1]", "1/nm"),
+        ("q/nm^-1", "1/nm"),
+        ("# A-1 cm-1", "1/angstrom"),
+        ("q A-1 I", "1/angstrom"),
+        ("q / A-1 I", "1/angstrom"),
+        ("q, A -1", "1/angstrom"),
+        ("q_A^-1", "1/angstrom"),
+        ("Q [A-1]", "1/angstrom"),
+        ("momentum transfer A^-1", "1/angstrom"),
+        ("q in Angstrom^-1", "1/angstrom"),
+        ("q (1/Ang)", "1/angstrom"),
+    ],
+)
+def test_units_in_words(words, unit):
+    assert units_in(words) == unit
 
 
 def test_words_that_look_like_units_but_are_none():

@@ -19,6 +19,19 @@ NAMES = {
 }
 """How the names of columns begin. The first that matches counts: dQ_err is no q."""
 
+UNIT_OF_Q = re.compile(
+    r"\W*q[\s>_]*(?:[(\[{]\s*(?:in\s+)?(?P<brackets>[^)\]}]+)"
+    r"|(?:in\s+(?!the\b|an?\b)|/\s*)(?P<word>[^\s,;|]+(?:\s[-\u2212]1\b)?)"
+    r"|(?P<inverse>1/\w+|[^\W\d]+\^?\{?[-\u2212]1\b))",
+    re.IGNORECASE,
+)
+"""A heading whose q has a unit, whatever that is."""
+
+ANGLE = re.compile(
+    r"\W*((?:2|two)?[\s_-]*(?:theta|th|angle)(?![a-z])[^\s,;|]*|tth\S*)(?=.*\b(I|int\w*|counts?)\b)", re.IGNORECASE
+)
+"""A heading that begins with an angle in place of q."""
+
 UNIT = re.compile(r"[(\[{/]|1/")
 """How a word begins that is the unit of the one before it, and no column."""
 
@@ -27,6 +40,17 @@ def heading_of(header: str) -> str:
     """Return the last line above a table that holds words, without the comment sign; "" if there is none."""
     line = next((line for line in reversed(header.splitlines()) if re.search(r"\w", line)), "").strip()
     return line.lstrip("".join(COMMENT)).strip()
+
+
+def unit_told(heading: str) -> str | None:
+    """Return the words of a heading for the unit of q, understood or not; None if there are none.
+
+    The name of an angle that stands in place of q counts as such a word: it has a unit that is none of q.
+    """
+    if match := UNIT_OF_Q.match(heading):
+        return next(word.strip() for word in match.groups() if word)
+    angle = ANGLE.match(heading)
+    return angle[1].rstrip(",;|\"'") if angle else None
 
 
 def columns_named(header: str, width: int) -> dict[str, int]:

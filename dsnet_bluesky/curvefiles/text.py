@@ -10,7 +10,7 @@ import numpy as np
 from dsnet_bluesky.data import BadInput
 
 from .columns import RESOLUTIONS, Columns, Floats, choose, present
-from .heading import columns_named
+from .heading import columns_named, heading_of, unit_told
 from .table import find_table
 from .units import per_nm, units_in
 
@@ -50,8 +50,14 @@ def _columns_of(header: str, table: Floats) -> dict[str, Floats]:
 
 
 def _units_of_q(header: str) -> str | None:
-    """Find the unit of q above a table: its heading knows, other lines may tell of other things (our own do)."""
+    """Find the unit of q above a table: its heading knows, other lines may tell of other things (our own do).
+
+    One that is not understood is returned too, for no other may be assumed in its place.
+    """
     headings = [line for line in header.splitlines() if HEADING.match(line)]
+    told = unit_told(headings[-1] if headings else heading_of(header))
+    if told and not units_in(told):
+        return told
     return (units_in(headings[-1]) if headings else None) or units_in(header)
 
 
@@ -65,9 +71,11 @@ def _text_resolution(columns: dict[str, Floats]) -> dict[str, Floats]:
 
 def _slit_of(header: str, points: int, q_units: str | None) -> dict[str, Floats]:
     """Slit columns that lines of words tell, in the unit of q."""
-    scale = per_nm(q_units or "1/angstrom")
-    told = {name: float(value) * per_nm(units) / scale for name, value, units in SLIT.findall(header)}
-    return {name: np.full(points, value) for name, value in told.items() if value}
+    told = SLIT.findall(header)
+    # The unit of q is asked for only here: one that is not understood may still be overridden.
+    scale = per_nm(q_units or "1/angstrom") if told else 1.0
+    values = {name: float(value) * per_nm(units) / scale for name, value, units in told}
+    return {name: np.full(points, value) for name, value in values.items() if value}
 
 
 def decode(path: Path) -> str:

@@ -10,9 +10,16 @@ import pint
 
 from dsnet_bluesky.data import BadInput
 
-PER_NM = re.compile(r"1/nm|nm\s*(\^?\{?[-\u2212]1\b|\u207b\u00b9)", re.IGNORECASE)
+# A unit of q stands alone or in brackets, behind no number ("20 nm -1 wt%") and within no word ("AU_20nm-1.SA1").
+_START = r"(?<![^\s(\[{_/<,;|:=\"'])(?<!\d[\s_])(?<!\d\s\s)"
+_INVERSE = r"\s*(\^?\{?[-\u2212]1\b|\u207b\u00b9)"
+PER_NM = re.compile(rf"(?<![A-Za-z0-9.])1/nm|{_START}nm{_INVERSE}", re.IGNORECASE)
 PER_ANGSTROM = re.compile(
-    r"1/(\u00c5|\u212b|A\b|ang)|(\u00c5|\u212b|\bA|angstroms?)\s*(\^?\{?[-\u2212]1\b|\u207b\u00b9)", re.IGNORECASE
+    r"(?<![A-Za-z0-9.])1/(\u00c5|\u212b|A\b|ang)"
+    rf"|{_START}(\u00c5|\u212b|ang(stroms?)?|A(?!\s*[-\u2212])){_INVERSE}"
+    # "Sample A-1" is none: these letters need a bracket, q or the start of the line.
+    rf"|(^\W*|[(\[{{_/]\s*|\bq(\s+in)?\s*[,:=]?\s*)\bA{_INVERSE}",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 
