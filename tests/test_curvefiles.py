@@ -248,6 +248,10 @@ class TestText:
         assert_allclose(dataset["dQl"], 1)
         assert "Qdev" not in read_curve(text(q, I, dI, q, header="q I dI fit\n"))
 
+    def test_a_slit_that_the_head_tells_keeps_its_unit(self, text):
+        path = text(*columns()[:3], header="# dQl (half-length of the slit): 0.1 1/angstrom\n")
+        assert_allclose(read_curve(path, units="1/nm")["dQl"], 1)
+
     @pytest.mark.parametrize("heading", [",q,value,err", ",angle,I,err"])
     def test_names_that_do_not_tell_where_q_and_I_are(self, text, heading):
         with pytest.raises(BadInput, match="does not name both q and I"):
@@ -421,6 +425,17 @@ class TestXML:
             assert_allclose(ours["Idev"], theirs.dy, rtol=1e-6)
         assert ("Qdev" in ours) == (theirs.dx is not None and bool(theirs.dx.any()))
 
+    @pytest.mark.parametrize("own", [None, "1/nm", "1/A"])
+    @pytest.mark.parametrize("told", [None, "1/nm"])
+    def test_a_resolution_has_its_own_unit_or_that_of_q(self, tmp_path, own, told):
+        unit = f' unit="{own}"' if own else ""
+        rows = "".join(
+            f"<Idata><Q>{q}</Q><I>{i}</I><Idev>0.1</Idev><Qdev{unit}>0.05</Qdev></Idata>" for q, i in np.transpose(columns()[:2])
+        )
+        path = tmp_path / "own.xml"
+        path.write_text(f'<?xml version="1.0"?><SASroot><SASentry><SASdata>{rows}</SASdata></SASentry></SASroot>')
+        assert_allclose(read_curve(path, units=told)["Qdev"], 0.05 * per_nm(own or told or "1/angstrom"))
+
     def test_nan_in_xml_is_dropped_and_counted(self, tmp_path):
         text = XML.read_text().replace(">1.64212795226675<", ">NaN<").replace("491.192789065555", "NaN")
         (tmp_path / "nan.xml").write_text(text)
@@ -461,6 +476,22 @@ class TestNXcanSAS:
         with h5py.File(path, "a") as file:
             file["entry/data/dq"].attrs["units"] = "1/nm"
         assert_allclose(read_curve(path)["Qdev"], np.full(20, 0.02))
+
+    @pytest.mark.parametrize("q_units", [None, "", "1/angstrom"])
+    @pytest.mark.parametrize("own", [None, "1/nm", "1/angstrom"])
+    @pytest.mark.parametrize("told", [None, "1/nm"])
+    def test_a_resolution_has_its_own_unit_or_that_of_q(self, tmp_path, q_units, own, told):
+        path = nxcansas(tmp_path / "own.h5", resolutions="Qdev", Qdev=np.full(20, 0.05))
+        with h5py.File(path, "a") as file:
+            if q_units is None:
+                del file["entry/data/Q"].attrs["units"]
+            else:
+                file["entry/data/Q"].attrs["units"] = q_units
+            if own:
+                file["entry/data/Qdev"].attrs["units"] = own
+        dataset = read_curve(path, units=told)
+        assert_allclose(dataset["q"], columns()[0] * (1 if told else 10))
+        assert_allclose(dataset["Qdev"], 0.05 * per_nm(own or told or "1/angstrom"))
 
     def test_frames_become_exposures(self, tmp_path):
         stack = np.stack([columns(seed=seed)[1] for seed in range(3)])

@@ -15,7 +15,7 @@ import numpy as np
 from dsnet_bluesky.data import BadInput
 
 from .columns import RESOLUTIONS, Columns, Floats, choose, present
-from .units import intensity_units, per_nm
+from .units import intensity_units
 
 
 def read_xml(path: Path, entry: str | int | None) -> Columns:
@@ -33,13 +33,12 @@ def read_xml(path: Path, entry: str | int | None) -> Columns:
     rows = list(_children(data, "Idata"))
     if not rows:
         raise BadInput(f"the entry {names[number]!r} holds no Idata.")
-    q_units = _xml_units(rows, "Q")
     return Columns(
         _xml_column(rows, "Q"),
         _xml_column(rows, "I"),
         present(_xml_column(rows, "Idev")),
-        _xml_resolution(rows, q_units),
-        q_units=q_units,
+        *_xml_resolution(rows),
+        q_units=_xml_units(rows, "Q"),
         I_units=intensity_units(_xml_units(rows, "I")),
         title=_words_of(owner, "Title"),
         sample=next((_words_of(node, "ID") or node.get("name", "") for node in _children(owner, "SASsample")), ""),
@@ -81,13 +80,10 @@ def _xml_units(rows: list[Element], tag: str) -> str | None:
     return units.pop() if units else None
 
 
-def _xml_resolution(rows: list[Element], q_units: str | None) -> dict[str, Floats]:
-    found: dict[str, Floats] = {}
-    for name in RESOLUTIONS:
-        values, units = present(_xml_column(rows, name)), _xml_units(rows, name)
-        if values is not None:
-            found[name] = values * (per_nm(units) / per_nm(q_units) if units and q_units else 1.0)
-    return found
+def _xml_resolution(rows: list[Element]) -> tuple[dict[str, Floats], dict[str, str]]:
+    """Return the resolution columns, and the units that they have themselves."""
+    columns = {name: column for name in RESOLUTIONS if (column := present(_xml_column(rows, name))) is not None}
+    return columns, {name: units for name in columns if (units := _xml_units(rows, name))}
 
 
 def read_nxcansas(path: Path, entry: str | int | None) -> Columns:
@@ -126,8 +122,8 @@ def _columns_of(group: Any) -> Columns:
         _values(q),
         _values(intensity),
         present(_values(group[deviation])) if deviation in group else None,
-        _hdf5_resolution(group, q),
-        q_units=(_words(q, "units", "unit") or [None])[0],
+        *_hdf5_resolution(group, q),
+        q_units=(_words(q, "units", "unit") or [""])[0] or None,
         I_units=intensity_units((_words(intensity, "units", "unit") or [None])[0]),
         title="" if title is None else _string(title[()]),
         sample=_sample_name(group.parent),
@@ -135,18 +131,19 @@ def _columns_of(group: Any) -> Columns:
     )
 
 
-def _hdf5_resolution(group: Any, q: Any) -> dict[str, Floats]:
-    """Resolution columns by their names; one of another name is the standard deviation."""
+def _hdf5_resolution(group: Any, q: Any) -> tuple[dict[str, Floats], dict[str, str]]:
+    """Resolution columns by their names, and their own units; one of another name is the standard deviation."""
     found: dict[str, Floats] = {}
-    own_units = (_words(q, "units", "unit") or ["1/angstrom"])[0]
+    own: dict[str, str] = {}
     for name in _words(q, "resolutions") or [n for n in RESOLUTIONS if n in group]:
         values = present(_values(group[name])) if name in group else None
         if values is not None:
-            units = (_words(group[name], "units", "unit") or [own_units])[0]
+            kind = name if name in RESOLUTIONS else "Qdev"
             # A scalar holds for all points.
-            spread = np.broadcast_to(values, q.shape[-1:]) if values.size == 1 else values
-            found[name if name in RESOLUTIONS else "Qdev"] = spread * (per_nm(units) / per_nm(own_units))
-    return found
+            found[kind] = np.broadcast_to(values, q.shape[-1:]) if values.size == 1 else values
+            if units := (_words(group[name], "units", "unit") or [""])[0]:
+                own[kind] = units
+    return found, own
 
 
 def _sample_name(entry: Any) -> str:

@@ -37,6 +37,8 @@ class Columns:
         Shape (n,) or (exposure, n).
     resolution
         Columns of `RESOLUTIONS`, shape (n,).
+    resolution_units
+        Units of those columns that have one of their own; the others have that of q.
     q_units
         None where the file does not say.
     """
@@ -45,6 +47,7 @@ class Columns:
     I: Floats
     Idev: Floats | None = None
     resolution: dict[str, Floats] = field(default_factory=dict)
+    resolution_units: dict[str, str] = field(default_factory=dict)
     q_units: str | None = None
     I_units: str = "1"
     title: str = ""
@@ -73,7 +76,9 @@ def to_curve(columns: Columns, units: str | None, sort: bool) -> xr.Dataset:
         dropped_points=dropped,
     )
     for name, values in columns.resolution.items():
-        dataset[name] = ("q", values * scale, {"units": "1/nm", "long_name": RESOLUTIONS[name]})
+        # A unit of its own stays, whatever was told of q.
+        own = columns.resolution_units.get(name)
+        dataset[name] = ("q", values * (per_nm(own) if own else scale), {"units": "1/nm", "long_name": RESOLUTIONS[name]})
     if columns.resolution:
         dataset["q"].attrs["resolutions"] = ",".join(columns.resolution)
     return dataset

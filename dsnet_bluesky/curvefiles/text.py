@@ -12,7 +12,7 @@ from dsnet_bluesky.data import BadInput
 from .columns import RESOLUTIONS, Columns, Floats, choose, present
 from .heading import columns_named, heading_of, unit_told
 from .table import find_table
-from .units import per_nm, units_in
+from .units import units_in
 
 HEADING = re.compile(r"\W*[qQ]\b.*\bI(nt\w*)?\b")
 """A line that names the columns of a table: q first, then I."""
@@ -28,12 +28,15 @@ def read_text(path: Path, entry: str | int | None) -> Columns:
     # Anton Paar's .pdh has no room for a unit: it is 1/nm by definition.
     q_units = "1/nm" if path.suffix.lower() == ".pdh" else _units_of_q(header)
     columns = _columns_of(header, table)
+    resolution, slit = _text_resolution(columns), _slit_of(header)
+    points = columns["q"].size
     per_cm = re.search(r"1/cm|cm\s*\^?\{?[-\u2212]1", header)
     return Columns(
         columns["q"],
         columns["I"],
         present(columns.get("Idev")),
-        _text_resolution(columns) | _slit_of(header, columns["q"].size, q_units),
+        resolution | {name: np.full(points, value) for name, (value, _) in slit.items()},
+        {name: units for name, (_, units) in slit.items()},
         q_units=q_units,
         I_units="1/cm" if per_cm else "1",
         title=path.stem,
@@ -69,13 +72,10 @@ def _text_resolution(columns: dict[str, Floats]) -> dict[str, Floats]:
     return found
 
 
-def _slit_of(header: str, points: int, q_units: str | None) -> dict[str, Floats]:
-    """Slit columns that lines of words tell, in the unit of q."""
-    told = SLIT.findall(header)
-    # The unit of q is asked for only here: one that is not understood may still be overridden.
-    scale = per_nm(q_units or "1/angstrom") if told else 1.0
-    values = {name: float(value) * per_nm(units) / scale for name, value, units in told}
-    return {name: np.full(points, value) for name, value in values.items() if value}
+def _slit_of(header: str) -> dict[str, tuple[float, str]]:
+    """Values and units of the slit that lines of words tell."""
+    told = {name: (float(value), units) for name, value, units in SLIT.findall(header)}
+    return {name: (value, units) for name, (value, units) in told.items() if value}
 
 
 def decode(path: Path) -> str:
