@@ -389,6 +389,13 @@ class TestXML:
             read_curve(XML, entry="latex")
         assert read_curve(XML, entry="latex_usans").identical(read_curve(XML, entry=2))
 
+    def test_a_name_that_is_there_more_than_once_is_refused(self, tmp_path):
+        path = tmp_path / "same.xml"
+        path.write_text(XML.read_text().replace("latex_usans", "latex_sans"))
+        with pytest.raises(BadInput, match="holds 2 curves 'latex_sans'; tell them apart by their numbers, with --entry: 1, 2"):
+            read_curve(path, entry="latex_sans")
+        assert read_curve(path, entry=2)["I"].identical(read_curve(XML, entry=2)["I"])
+
     def test_pinhole_entry(self):
         dataset = read_curve(XML, entry="latex_sans", sort=True)
         assert dataset.sizes["q"] == 299

@@ -154,12 +154,17 @@ def choose(names: Sequence[str], entry: str | int | None) -> int:
     Raises
     ------
     BadInput
-        If there are several and `entry` is none of them, by name or number from 1.
+        If there are several and `entry` is none of them, by name or number from 1, or
+        the name of more than one.
     """
     if entry is None and len(names) == 1:
         return 0
-    if str(entry) in names:
-        return names.index(str(entry))
+    same = [i for i, name in enumerate(names) if name == str(entry)]
+    if len(same) > 1:
+        numbers = ", ".join(str(i + 1) for i in same[:10]) + (" ..." if len(same) > 10 else "")
+        raise BadInput(f"the file holds {len(same)} curves {entry!r}; tell them apart by their numbers, with --entry: {numbers}.")
+    if same:
+        return same[0]
     if entry is not None and re.fullmatch(r"\d+", str(entry)) and 1 <= int(entry) <= len(names):
         return int(entry) - 1
     listed = ", ".join(f"{i} = {name}" for i, name in enumerate(names[:10], start=1))
