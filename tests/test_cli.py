@@ -183,6 +183,22 @@ class TestDesmear:
         write(tmp_path / "sphere.dat", q, I, 20 * dI)
         assert "chi2 is far below 1" in dsnet("desmear", "sphere.dat", "--sigma", 0.03).stdout
 
+    @pytest.mark.parametrize(
+        ("name", "begins"), [("x.txt", b"# "), ("x.xml", b"<?xml"), ("x.nxs", b"\x89HDF"), ("x", b"\x89HDF")]
+    )
+    def test_the_output_is_what_its_name_says(self, dsnet, tmp_path, name, begins):
+        q, I, dI = smeared_curve()
+        write(tmp_path / "sphere.dat", q, I, dI)
+        dsnet("desmear", "sphere.dat", "--sigma", 0.03, "-m", "wiener", "--output", name)
+        assert (tmp_path / name).read_bytes().startswith(begins)
+        entry = {"x.txt": None, "x.xml": "1"}.get(name, "sasentry01/desmeared")
+        assert_allclose(read_curve(tmp_path / name, entry=entry)["q"], q)
+
+    def test_columns_hold_one_exposure(self, fails, tmp_path):
+        stack(tmp_path / "stack.h5", factors=(1, 1))
+        known = ("desmear", "stack.h5", "--sigma", 0.03, "--output", "x.txt")
+        fails(*known, match=r"x\.txt can hold one exposure, and stack\.h5 has several; end its name in \.h5 or \.xml")
+
     def test_exposures_that_fail_are_named(self, dsnet, tmp_path):
         stack(tmp_path / "stack.h5", factors=(1, -1, 1), errors=20)
         done = dsnet("desmear", "stack.h5", "--sigma", 0.03, "-m", "lake")

@@ -59,7 +59,8 @@ def desmear(
     entry: Annotated[str | None, typer.Option(help="Which curve of the file: name or number.", show_default=False)] = None,
     sort: Annotated[bool, typer.Option("--sort", help="Sort the points and average those of one q.")] = False,
     output: Annotated[
-        Path | None, typer.Option(help="NXcanSAS file to write. [dim]Default: CURVE_desmeared.h5 here[/]", show_default=False)
+        Path | None,
+        typer.Option(help="File to write (.h5, .xml, .txt ...). [dim]Default: CURVE_desmeared.h5 here[/]", show_default=False),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Figure to write (PNG, PDF, SVG ...).", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
@@ -67,6 +68,7 @@ def desmear(
     """Desmear one curve from a file; no server is needed."""
     from dsnet_bluesky import export
     from dsnet_bluesky.curvefiles import read_curve, smearing_for
+    from dsnet_bluesky.data import BadInput
     from dsnet_bluesky.desmearing import desmear as desmear_curve
     from dsnet_bluesky.desmearing import solver_of
 
@@ -76,12 +78,16 @@ def desmear(
     if plot is not None:
         _check_figure(plot, target, overwrite, read)
     options = parse_options(option)
+    form = export.format_of(target, None)
     measured = read_curve(curve, units=q_units, entry=entry, sort=sort)
+    if not export.FORMATS[form].many and measured.sizes.get("exposure", 1) > 1:
+        raise BadInput(f"{target.name} can hold one exposure, and {curve} has several; end its name in .h5 or .xml.")
     smearing = smearing_for(measured, slit_length=slit_length, slit_width=slit_width, sigma=sigma, beam_profile=beam_profile)
     solver_of(method.partition(":")[0], options)  # before an option takes the name of a parameter of the next function
     result = desmear_curve(measured, smearing, method, **options)
     process = {"source": measured.attrs["file"], "source_entry": measured.attrs["entry"]}
-    written = [export.to_nxcansas(result, target, process=process, smearing=smearing, overwrite=overwrite)]
+    contents = export.of_curves(result, process=process, smearing=smearing)
+    written = [export.write([contents], target, form, overwrite=overwrite)]
     if plot is not None:
         from dsnet_bluesky.plots import plot_result
 
