@@ -175,7 +175,7 @@ def alias(
     version: Annotated[
         str | None, typer.Argument(metavar="[VERSION]", help="What it is to stand for, such as 2.1.0.", show_default=False)
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Forget the alias; production is the newest version again.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Forget the alias; production is what was released again.")] = False,
 ) -> None:
     """Let an alias stand for a version; without arguments, show the aliases.
 
