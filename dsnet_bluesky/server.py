@@ -63,11 +63,16 @@ def configuration(data_directory: str | Path, *, readable: Sequence[str | Path] 
     Raises
     ------
     BadInput
-        If a readable directory does not exist.
+        If a readable directory does not exist, or the server cannot keep its data where it shall.
     """
     root = Path(data_directory).absolute()
-    for name in ("store", "detector"):
-        (root / name).mkdir(parents=True, exist_ok=True)
+    try:
+        for name in ("store", "detector"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"The server cannot keep its data in {root} ({error.strerror}); name a folder that it may make."
+        ) from error
     _make_tables(root / "tables.db")
     directories = [_existing(directory) for directory in readable]
     filled = yaml.safe_load(EMBEDDED.read_text().replace("${DSNET_DATA}", str(root)))

@@ -316,6 +316,19 @@ class TestBadInput:
     def test_replay_takes_no_negative_numbers(self, dsnet, words):
         assert f"Invalid value for '{words[0]}'" in dsnet("replay", *words, status=2).stderr
 
+    def test_ports_that_are_none(self, dsnet):
+        for command in ("serve", "demo", "watch"):
+            assert "Invalid value for '--port'" in dsnet(command, "--port", 99999, status=2).stderr
+
+    def test_a_server_needs_a_folder(self, fails, tmp_path):
+        (tmp_path / "file").touch()
+        for directory in ("file", "file/below"):
+            fails("serve", "--directory", directory, match="cannot keep its data in .*name a folder")
+
+    @pytest.mark.parametrize("uri", ["http://x", "mysql://x", "postgresql://u:p@h:abc/x"])
+    def test_databases_that_are_none(self, fails, uri):
+        fails("index", uri, match="is no uri of a catalog's database|not in mysql")
+
     def test_typer_names_what_is_missing(self, dsnet):
         assert "Missing option '--purpose'" in dsnet("ingest", "a.edf", "--poni", "a.poni", status=2).stderr
 

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from tiled.utils import ensure_specified_sql_driver
 
@@ -66,6 +66,12 @@ def create_indexes(uri: str) -> list[str]:
     """
     try:
         return asyncio.run(_create(ensure_specified_sql_driver(uri)))
+    except BadInput:
+        raise
+    except (ArgumentError, InvalidRequestError, ImportError, ValueError) as error:  # of another kind, or with a port that is none
+        raise BadInput(
+            f"That is no uri of a catalog's database ({error}); write it as sqlite:////data/catalog.db or postgresql://host/name."
+        ) from error
     except (DBAPIError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise BadInput(f"No catalog can be indexed there ({reason}); give the uri of the catalog's database.") from error

@@ -36,7 +36,7 @@ def serve(
         Path | None, typer.Argument(help="Tiled configuration; the embedded one if not given.", show_default=False)
     ] = None,
     directory: Annotated[Path, typer.Option(help="Where the embedded server keeps its data.")] = Path("dsnet-data"),
-    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 8000,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=0, max=65535)] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="TILED_SINGLE_USER_API_KEY", help="Drawn and printed if not given.", show_default=False)
     ] = None,
@@ -58,7 +58,7 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server up at the end.")] = False,
     directory: Annotated[Path, typer.Option(help="Where data and figures go.")] = Path("dsnet-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A smaller experiment: fewer settings and exposures.")] = False,
-    port: Annotated[int, typer.Option(help="Of the server; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(help="Of the server; 0 takes a free one.", min=0, max=65535)] = 0,
 ) -> None:
     """Run an experiment live on a simulated instrument, by default that of the DSNet paper."""
     from dsnet_bluesky import demo as demonstration
@@ -80,7 +80,8 @@ def watch(
         str | None, typer.Option(metavar="HOST:PORT", help="Also take documents from a 0MQ proxy of bluesky.", show_default=False)
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="Serve /metrics and /healthz on this port of 127.0.0.1.", show_default=False)
+        int | None,
+        typer.Option(help="Serve /metrics and /healthz on this port of 127.0.0.1.", min=0, max=65535, show_default=False),
     ] = None,
     uri: Uri = LOCAL,
     api_key: ApiKey = None,
