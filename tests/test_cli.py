@@ -251,6 +251,7 @@ class TestBadInput:
             fails("watch", "-m", "icosahedra", "-o", f"{name}=1", match=f"icosahedra has no option {name}; its options are")
         for command in ("replay", "watch", "status"):
             fails(command, "-o", "magic", match="NAME=VALUE")
+        fails("status", "--method", "magic", match="There is no method 'magic'; the methods are .*icosahedra, ift, lake")
         for command in ("replay", "watch"):
             fails(command, "-o", "magic=1", match="dsnet has no option magic; its options are")
         fails(*known, "-m", "map", "-o", "weight=abc", match="map: weight is 'abc'; it takes a finite number or null")

@@ -113,7 +113,9 @@ def test_a_report_is_written_and_replaced(run, tmp_path):
     ("words", "why"),
     [
         (("dsnt", "ift"), "There is no method 'dsnt'"),
-        (("dsnet:2.0.0", "dsnet:8.0.0"), "no result of dsnet:8.0.0; make them with `dsnet-bluesky replay --model dsnet:8.0.0`"),
+        (("dsnet:9", "ift"), "no result of dsnet:9; there is no such model here: there are dsnet:2.0.0, dsnet:2.1.0"),
+        (("dsnet:2.0.0", "dsnet:8.0.0"), "no result of dsnet:8.0.0; there is no such model here: there are dsnet:2.0.0"),
+        (("dsnet:2.0.0", "cme"), "no result of cme; make them with `dsnet-bluesky replay --model cme`"),
         (("dsnet:2.0.0", "ift", "--since", "2031-01-01"), "no result of dsnet:2.0.0 that answers what is asked"),
         (("dsnet:2.0.0", "ift", "--since", "yesterday"), "'yesterday' is no time"),
         (("dsnet:2.0.0", "ift", "--query", "colour=red"), "colour"),

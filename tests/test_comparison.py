@@ -167,7 +167,7 @@ def test_results_reduced_in_another_way_are_refused_and_counted(client, runs):
         ("dsnet:2.0.0", "ift:1.0", "ift has no released models"),
         ("dsnet:next", "ift", "dsnet:next is neither a version nor an alias"),
         ("dsnet:2.0.0", "dsnet", "one and the same"),
-        ("dsnet:9.9.9", "ift", "no result of dsnet:9.9.9; make them with `dsnet-bluesky replay --model dsnet:9.9.9`"),
+        ("dsnet:9.9.9", "ift", "no result of dsnet:9.9.9; there is no such model here: there are dsnet:2.0.0"),
         ("ift", "cme", "no result of cme; make them with"),
     ],
 )

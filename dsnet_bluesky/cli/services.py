@@ -124,10 +124,15 @@ def show_status(
     """Show how desmearing goes: rates, what waits, failures, last results; status 1 if something failed in the last day."""
     import time
 
+    from dsnet_bluesky.data import BadInput
+    from dsnet_bluesky.desmearing import METHODS
+    from dsnet_bluesky.kinds import FRAME_MODELS
     from dsnet_bluesky.pipeline import Config
     from dsnet_bluesky.watch import read_status
 
-    config = Config(method=method, options=parse_options(option))  # not checked: that takes torch
+    config = Config(method=method, options=parse_options(option))  # not checked any further: that takes torch
+    if config.method_name not in (*METHODS, *FRAME_MODELS):
+        raise BadInput(f"There is no method {method!r}; the methods are {', '.join(sorted((*METHODS, *FRAME_MODELS)))}.")
     found = read_status(connect(uri, api_key), config=config, since=time.time() - 86_400 * since, watchers=watcher or ())
     if as_json:
         say(json.dumps(found.to_dict()))

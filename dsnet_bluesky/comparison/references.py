@@ -37,9 +37,12 @@ class Reference:
         return f"{self.name}:{self.version}" if self.version else self.name
 
     @property
-    def replay(self) -> str:
-        """The command that makes its results."""
-        return f"dsnet-bluesky replay --model {self}"
+    def remedy(self) -> str:
+        """What to do where it has no results: make them, if the model is here."""
+        here = [model for model in released_models() if model.partition(":")[0] == self.name]
+        if self.version and str(self) not in here:
+            return f"there is no such model here: there are {', '.join(here)}; name one of them, or install it"
+        return f"make them with `dsnet-bluesky replay --model {self}`"
 
     def searches(self) -> list[list[Any]]:
         """Return searches, each of queries of Tiled, that together find its results.

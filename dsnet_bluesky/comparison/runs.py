@@ -79,7 +79,7 @@ def _check_counts(found: Comparison, a: Reference, b: Reference, questions: Sequ
     for reference, count in ((a, found.results_a), (b, found.results_b)):
         if not count:
             asked = " that answers what is asked" if reference is a and questions else ""
-            raise BadInput(f"The catalog holds no result of {reference}{asked}; make them with `{reference.replay}`.")
+            raise BadInput(f"The catalog holds no result of {reference}{asked}; {reference.remedy}.")
 
 
 def _check_pairs(found: Comparison, b: Reference) -> None:
@@ -87,7 +87,7 @@ def _check_pairs(found: Comparison, b: Reference) -> None:
         return
     reasons = [f"{count} are {reason}" for reason, count in found.refused.most_common(3)]
     if found.unpaired:
-        reasons.append(f"of {found.unpaired} runs {b} has no result, make them with `{b.replay}`")
+        reasons.append(f"of {found.unpaired} runs {b} has no result, {b.remedy}")
     raise BadInput(f"No result of {found.a} can be compared with one of {found.b}: {'; '.join(reasons)}.")
 
 
