@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from tiled.queries import KeysFilter
 from dsnet_bluesky.callbacks.desmear import MAX_BEAM_AGE
 from dsnet_bluesky.callbacks.exposures import exposures_of_documents
 from dsnet_bluesky.callbacks.pairing import DirectBeams, Pairing
-from dsnet_bluesky.callbacks.sample_runs import BATCH, CATALOG_AWAY, SampleRuns, key_refused, reduced
+from dsnet_bluesky.callbacks.sample_runs import BATCH, CATALOG_AWAY, KeyRefused, SampleRuns, key_refused, reduced
 from dsnet_bluesky.data import BadInput, concat_exposures
 from dsnet_bluesky.derived import Finished, LostClaim, RawFrames, access_tags_of, lookup, mount, raw_frames_of, store_together
 from dsnet_bluesky.documents import Exposure, Instrument
@@ -297,22 +297,21 @@ def _batches(work: Work) -> Batches:
         return _known[work.replay]
 
 
-def do(work: Work, uids: Sequence[str]) -> Done:
+def do(work: Work, uids: Sequence[str]) -> Done | KeyRefused:
     """Do a batch in a worker's process; see `Batches.do`."""
-    with _returnable():
-        return _batches(work).do(uids)
+    return _unless_refused(lambda: _batches(work).do(uids))
 
 
-def check(work: Work, uids: Sequence[str]) -> Done:
+def check(work: Work, uids: Sequence[str]) -> Done | KeyRefused:
     """Check a batch in a worker's process; see `Batches.check`."""
-    with _returnable():
-        return _batches(work).check(uids)
+    return _unless_refused(lambda: _batches(work).check(uids))
 
 
-@contextmanager
-def _returnable() -> Iterator[None]:
-    """Turn what Tiled's client raises where a key is refused, and what cannot be pickled, into what can."""
+def _unless_refused(task: Callable[[], Done]) -> Done | KeyRefused:
+    """Give a refusal of the key back: the error cannot be pickled, and of one that is raised dask prints a traceback."""
     try:
-        yield
+        return task()
     except CATALOG_AWAY as error:
-        raise key_refused(error) or error from None
+        if refusal := key_refused(error):
+            return refusal
+        raise
