@@ -48,8 +48,9 @@ def _columns_of(header: str, table: Floats) -> dict[str, Floats]:
     """Tell the columns by their names, which know of an index before q, or else by their places."""
     places = columns_named(header, table.shape[1]) or dict(zip(("q", "I", "Idev", "Qdev"), range(table.shape[1]), strict=False))
     columns = {name: table[:, place] for name, place in places.items()}
-    # Zeros stand for no column, as does one that is empty in every row.
-    return {name: np.zeros_like(column) if np.isnan(column).all() else column for name, column in columns.items()}
+    # Zeros stand for no column of errors or resolution, as does one that is empty in every row; a curve needs q and I.
+    empty = {name for name, column in columns.items() if name not in ("q", "I") and np.isnan(column).all()}
+    return {name: np.zeros_like(column) if name in empty else column for name, column in columns.items()}
 
 
 def _units_of_q(header: str) -> str | None:
