@@ -327,15 +327,9 @@ class DesmearCallback:
         self._heard.pop(run_uid, None)
         self._put_off.pop(run_uid, None)
         if tell:
-            try:
-                self._runs.release(run_uid)
-            except derived.LostClaim as error:
-                logger.debug("%s", error)
-            except CATALOG_AWAY as error:
-                logger.debug("Run %s cannot be given back (%s).", run_uid, error)
-                return False
+            return self._runs.release(run_uid)
         self._runs.drop(run_uid)
-        return tell
+        return False
 
     def _register(self, run_uid: str) -> bool:
         run = self._raw[run_uid]

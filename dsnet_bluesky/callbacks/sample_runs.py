@@ -254,19 +254,19 @@ class SampleRuns:
         if run is not None and run.writer is not None:
             run.writer.abandon()
 
-    def release(self, run_uid: str) -> None:
-        """Give a run up, so that another process may do it at once.
-
-        Raises
-        ------
-        LostClaim
-            If another one has it already.
-        CATALOG_AWAY
-            If the catalog cannot be told; then the run is dropped.
-        """
+    def release(self, run_uid: str) -> bool:
+        """Give a run up, so that another process may do it at once; False where the catalog cannot be told: it is dropped."""
         run = self._runs.pop(run_uid, None)
-        if run is not None and run.writer is not None and not run.closed:
+        if run is None or run.writer is None or run.closed:
+            return True
+        try:
             run.writer.release()
+        except LostClaim as error:
+            logger.debug("%s", error)
+        except CATALOG_AWAY as error:
+            logger.warning("Run %s cannot be given back (%s); others find it abandoned.", run_uid, error)
+            return False
+        return True
 
     def keep_claims(self) -> None:
         """Tell other processes that results are still being written, where nothing was for a while."""

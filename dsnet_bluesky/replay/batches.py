@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from dsnet_bluesky.callbacks.exposures import exposures_of_documents
 from dsnet_bluesky.callbacks.pairing import DirectBeams, Pairing
 from dsnet_bluesky.callbacks.sample_runs import BATCH, CATALOG_AWAY, KeyRefused, SampleRuns, key_refused, reduced
 from dsnet_bluesky.data import BadInput, concat_exposures
-from dsnet_bluesky.derived import Finished, LostClaim, RawFrames, access_tags_of, lookup, mount, raw_frames_of, store_together
+from dsnet_bluesky.derived import Finished, RawFrames, access_tags_of, lookup, mount, raw_frames_of, store_together
 from dsnet_bluesky.documents import Exposure, Instrument
 from dsnet_bluesky.pipeline import Config, PreparedExposures
 
@@ -246,8 +246,7 @@ class Batches:
             if not found:
                 self._runs.fail(start, BadInput("The run holds no exposure: no stream with images in files."))
         except CATALOG_AWAY:
-            with suppress(LostClaim, *CATALOG_AWAY):
-                self._runs.release(uid)  # whoever does it next may be another process
+            self._runs.release(uid)  # whoever does it next may be another process
             raise
         except Exception as error:
             self._runs.fail(start, error)

@@ -269,7 +269,7 @@ class Watcher:
         """Do what a run has new; whether it is done with."""
         node = lookup(self._raw, uid)
         if node is None:
-            self._give_back(uid)
+            self._runs.release(uid)
             return True  # deleted: a spool sends it again, and then it is new
         if node.metadata.get("stop") is not None:
             return self._end(node, run)
@@ -331,7 +331,7 @@ class Watcher:
             except CATALOG_AWAY as failure:
                 logger.warning("Run %s failed (%s), but that cannot be stored now: %s", uid, error, failure)
                 return False
-        self._give_back(uid)
+        self._runs.release(uid)
         return True
 
     def _register(self) -> None:
@@ -362,11 +362,4 @@ class Watcher:
     def _release(self) -> None:
         """Give back what is not finished."""
         for uid in self._runs.open:
-            self._give_back(uid)
-
-    def _give_back(self, uid: str) -> None:
-        """Leave the result of a run to others; does nothing where none was begun."""
-        try:
             self._runs.release(uid)
-        except (derived.LostClaim, *CATALOG_AWAY) as error:
-            logger.warning("Run %s cannot be given back (%s); others find it abandoned.", uid, error)
